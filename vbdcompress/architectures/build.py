@@ -1,0 +1,119 @@
+"""From the name of an architecture to a freshly initialised network."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vbdcompress.architectures.lenet import DigitsNet, LeNet5, lenet_300_100, lenet_500_300
+from vbdcompress.errors import LoadError
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "digits": DigitsNet,
+    "lenet5": LeNet5,
+    "lenet_300_100": lenet_300_100,
+    "lenet_500_300": lenet_500_300,
+}
+
+
+def build_architecture(
+    name: str, arguments: Mapping[str, Any] | None = None, *, trusted: bool = False
+) -> nn.Module:
+    """A network by name, with fresh random weights.
+
+    Args:
+        name: a key of ARCHITECTURES, "torchvision:NAME", "timm:NAME", "package.module:function"
+            or "path/file.py:function".
+        arguments: keyword arguments of the builder.
+        trusted: whether the name comes from the user rather than from inside a file. The last
+            two forms run code of the name's choosing, so a file's own word is not enough.
+    Raises:
+        LoadError: the name is unknown, not trusted, or the builder refuses the arguments.
+    """
+    builder = _find_builder(name, trusted)
+    try:
+        model = builder(**dict(arguments or {}))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LoadError(
+            f"architecture '{name}'", f"refused the arguments {dict(arguments or {})}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise LoadError(f"architecture '{name}'", f"gave a {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def _find_builder(name: str, trusted: bool) -> Callable[..., nn.Module]:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    source, colon, member = name.rpartition(":")
+    if source == "torchvision":
+        return _torchvision_builder(member)
+    if source == "timm":
+        return _timm_builder(member)
+    if colon and not trusted:
+        raise LoadError(
+            f"architecture '{name}'",
+            "is named inside the file, and to build it would run code of the file's choosing.",
+            f"If you trust it, say so yourself: --arch {name}",
+        )
+    if colon:
+        return _user_builder(source, member)
+    near = get_close_matches(name, ARCHITECTURES, n=1)
+    raise LoadError(
+        f"architecture '{name}'",
+        "is unknown" + (f"; did you mean '{near[0]}'?" if near else "."),
+        f"Known: {', '.join(sorted(ARCHITECTURES))}, torchvision:NAME, timm:NAME, "
+        "package.module:function, file.py:function.",
+    )
+
+
+def _torchvision_builder(member: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    known = models.list_models()
+    if member not in known:
+        near = get_close_matches(member, known, n=3)
+        raise LoadError(
+            f"architecture 'torchvision:{member}'",
+            "is not among torchvision's models" + (f"; near: {', '.join(near)}." if near else "."),
+        )
+    return lambda **arguments: models.get_model(member, weights=None, **arguments)
+
+
+def _timm_builder(member: str) -> Callable[..., nn.Module]:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise LoadError(f"architecture 'timm:{member}'", "needs timm.", "pip install timm") from error
+    if not timm.is_model(member):
+        near = get_close_matches(member, timm.list_models(), n=3)
+        raise LoadError(
+            f"architecture 'timm:{member}'",
+            "is not among timm's models" + (f"; near: {', '.join(near)}." if near else "."),
+        )
+    return lambda **arguments: timm.create_model(member, pretrained=False, **arguments)
+
+
+def _user_builder(source: str, member: str) -> Callable[..., nn.Module]:
+    where = f"architecture '{source}:{member}'"
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            if spec is None or spec.loader is None or not Path(source).is_file():
+                raise LoadError(where, f"there is no file '{source}'.")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+    except ImportError as error:
+        raise LoadError(where, f"could not be imported: {error}") from error
+    builder = getattr(module, member, None)
+    if not callable(builder):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise LoadError(where, f"'{source}' has no callable '{member}'.", f"It has: {', '.join(names)}")
+    found: Callable[..., nn.Module] = builder
+    return found

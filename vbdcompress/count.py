@@ -1,0 +1,126 @@
+"""Parameters, nonzeros, multiply-accumulates and bytes of a network."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from vbdcompress.evaluation import device_of
+from vbdcompress.records import LayerSize, Size
+
+FLOAT_BYTES = 4
+
+
+def measure_size(model: nn.Module, example: Tensor, graph_bytes: int = 0) -> Size:
+    """Size of a plain network.
+
+    Args:
+        example: a batch of inputs; MACs are of one example.
+        graph_bytes: what the ONNX file needs beside its numbers, for the estimate of its bytes.
+    """
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    nonzeros = sum(int(parameter.count_nonzero()) for parameter in parameters)
+    macs = sum(_count_macs(model, example).values())
+    return Size(count, nonzeros, macs, FLOAT_BYTES * count + graph_bytes)
+
+
+def layer_sizes(model: nn.Module, example: Tensor) -> tuple[LayerSize, ...]:
+    """Each layer that owns parameters; MACs of one example."""
+    macs = _count_macs(model, example)
+    rows = []
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            nonzeros = sum(int(parameter.count_nonzero()) for parameter in own)
+            count = sum(parameter.numel() for parameter in own)
+            rows.append(LayerSize(name, type(module).__name__, count, nonzeros, macs.get(name, 0)))
+    return tuple(rows)
+
+
+def _count_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Innermost module -> MACs of one example: half the FLOPs that torch counts."""
+    counter = _ByModule(model)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), counter.hooks(), counter.mode:
+        model(example.to(device_of(model)))
+    model.train(was_training)
+    batch = len(example)
+    return {name: flops // (2 * batch) for name, flops in counter.flops.items()}
+
+
+class _ByModule:
+    """Attributes FLOPs to the innermost running module, by the difference over its forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.mode = FlopCounterMode(display=False)
+        self.flops: dict[str, int] = defaultdict(int)
+        self._stack: list[list[int]] = []
+
+    def hooks(self) -> "_Hooks":
+        handles = []
+        for name, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda *_: self._enter()))
+            handles.append(module.register_forward_hook(lambda *_, name=name: self._leave(name)))
+        return _Hooks(handles)
+
+    def _enter(self) -> None:
+        self._stack.append([self.mode.get_total_flops(), 0])
+
+    def _leave(self, name: str) -> None:
+        before, inner = self._stack.pop()
+        all_of_it = self.mode.get_total_flops() - before
+        self.flops[name] += all_of_it - inner
+        if self._stack:
+            self._stack[-1][1] += all_of_it
+
+
+class _Hooks:
+    """Removes its hooks at the end of a with block."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self.handles = handles
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _OpNames(TorchDispatchMode):
+    """Collects operations that do arithmetic but have no FLOP formula in torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func._overloadpacket
+        free = torch.Tag.pointwise in func.tags or func.is_view or packet in flop_registry
+        if not free:
+            self.names.add(str(packet))
+        return func(*args, **(kwargs or {}))
+
+
+def uncounted_ops(model: nn.Module, example: Tensor) -> tuple[str, ...]:
+    """Names of the operations in one forward pass whose MACs are not counted, sorted.
+
+    Pointwise operations and views are not named: they have no multiply-accumulates to speak of.
+    """
+    model.eval()
+    with torch.no_grad(), _OpNames() as seen:
+        model(example.to(device_of(model)))
+    return tuple(sorted(seen.names - _DATA_MOVES))
+
+
+_DATA_MOVES = {
+    f"aten.{name}"
+    for name in ("cat", "clone", "copy_", "_to_copy", "empty", "index_select", "constant_pad_nd", "zeros", "ones")
+}

@@ -1,0 +1,7 @@
+"""Data sets as tensors on the device, and the user's own loaders."""
+
+from vbdcompress.data.batches import TensorBatches
+from vbdcompress.data.dataset import DataSet, load_data
+from vbdcompress.data.loaders import count_examples, split_loader
+
+__all__ = ["DataSet", "TensorBatches", "count_examples", "load_data", "split_loader"]

@@ -1,0 +1,114 @@
+"""A small data set on the device as tensors: shuffled, augmented and batched there.
+
+Worker processes and per-example Python would cost more than the networks that we train here.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Augment = Literal["none", "crop", "crop-flip"]
+CROP_PADDING = 4
+
+
+class TensorBatches:
+    """Iterates over (input, label) batches of tensors that lie on one device.
+
+    In one process of several it gives each global batch's own share, so that the union over the
+    processes is what one process would see.
+
+    Args:
+        inputs: [n, ...] normalised, float.
+        labels: [n] integer.
+        batch_size: over all processes; the last batch may be smaller unless shuffled.
+        shuffle: draw a new order for each epoch from (seed, epoch), and leave out a last
+            partial batch, which another epoch's order will cover.
+        augment: "crop" shifts each image by up to 4 pixels, "crop-flip" also mirrors half of them.
+        seed: of the order and the augmentation.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: Augment = "none",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.inputs, self.labels = inputs, labels
+        self.batch_size = min(batch_size, len(labels))
+        self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the set, over all processes."""
+        return len(self.labels)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order: the same epoch gives the same order, so that a resumed run repeats it."""
+        self.epoch = epoch
+
+    def on(self, device: torch.device, rank: int, world_size: int) -> "TensorBatches":
+        """The same set on a device, for one process among several."""
+        return TensorBatches(
+            self.inputs.to(device),
+            self.labels.to(device),
+            self.batch_size,
+            shuffle=self.shuffle,
+            augment=self.augment,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_examples, self.batch_size)
+        return full if self.shuffle or rest == 0 else full + 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.labels.device
+        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = None
+        if self.shuffle:
+            order = torch.randperm(self.num_examples, generator=generator, device=device)
+        for batch in range(len(self)):
+            start = batch * self.batch_size
+            size = min(self.batch_size, self.num_examples - start)
+            share = slice(
+                start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size
+            )
+            chosen = share if order is None else order[share]
+            inputs = self.inputs[chosen]
+            if self.augment != "none":
+                inputs = _augment_images(inputs, self.augment, generator)
+            yield inputs, self.labels[chosen]
+
+
+def _augment_images(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
+    """Each image [n, c, h, w] shifted, and perhaps mirrored, by a draw of its own, in one gather.
+
+    torchvision.transforms.v2 draws once for a whole batch of tensors, which is a weaker
+    augmentation, and a call for each image costs more than the network.
+    """
+    count, channels, height, width = images.shape
+    padded = F.pad(images, (CROP_PADDING,) * 4)
+    draw = {"generator": generator, "device": images.device}
+    top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, count, 1), **draw)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    if augment == "crop-flip":
+        mirrored = torch.rand(count, 1, **draw) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    batch = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,0 +1,144 @@
+"""A named data set, normalised and split: what the command line trains and measures on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vbdcompress.data.batches import Augment, TensorBatches
+from vbdcompress.data.sources import RawImages, read_source
+from vbdcompress.errors import DataError
+from vbdcompress.records import InputSpec
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Normalised inputs [n, ...] and labels [n]."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set ready to train on.
+
+    Attributes:
+        name: as `load_data` was asked for it.
+        input: shape, mean and std of the inputs.
+        classes: names of the classes, in the order of the labels.
+        train: training examples without the validation split.
+        validation: held out of the training data.
+        test: None where the set has no test part.
+    """
+
+    name: str
+    input: InputSpec
+    classes: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    test: Examples | None
+
+    def train_batches(self, batch_size: int, seed: int, augment: str = "none") -> TensorBatches:
+        """The training examples, shuffled; augment "auto" crops and flips where that keeps the label."""
+        chosen: Augment = "none"
+        if augment == "auto":
+            chosen = "crop-flip" if self.name.startswith("cifar") else "none"
+        elif augment == "crop":
+            chosen = "crop"
+        elif augment == "crop-flip":
+            chosen = "crop-flip"
+        return TensorBatches(
+            self.train.inputs, self.train.labels, batch_size, shuffle=True, augment=chosen, seed=seed
+        )
+
+    def validation_batches(self, batch_size: int = 1000) -> TensorBatches:
+        """The validation examples in order."""
+        return TensorBatches(self.validation.inputs, self.validation.labels, batch_size)
+
+    def test_batches(self, batch_size: int = 1000) -> TensorBatches | None:
+        """The test examples in order; None where there are none."""
+        return None if self.test is None else TensorBatches(self.test.inputs, self.test.labels, batch_size)
+
+
+def load_data(
+    name: str,
+    root: Path | None = None,
+    *,
+    normalisation: InputSpec | None = None,
+    validation_fraction: float = 0.1,
+    validation_seed: int = 0,
+    validation_path: str | None = None,
+    image_size: int | None = None,
+) -> DataSet:
+    """Read, check, normalise and split a data set.
+
+    Args:
+        name: "digits", a torchvision set, a folder of class folders, or an .npz file.
+        root: where torchvision's sets lie or are downloaded to.
+        normalisation: mean and std that the network was trained with; None measures them on the
+            training images, for each channel, after scaling pixels to [0, 1].
+        validation_fraction, validation_seed: the split of the training data.
+        validation_path: a folder or .npz of validation data instead; then nothing is split off.
+        image_size: that a folder's images are resized to.
+    Raises:
+        DataError: what is missing or malformed.
+    """
+    raw = read_source(name, root, image_size)
+    parts = {"training": raw.train} | ({"test": raw.test} if raw.test else {})
+    if validation_path is not None:
+        parts["validation"] = read_source(validation_path, root, image_size).train
+    for part, images in parts.items():
+        _check_images(f"data set '{name}', {part} part", images, len(raw.classes))
+    spec = normalisation if normalisation and normalisation.mean else _measure(raw.train)
+    if len(spec.mean) != raw.train.images.shape[1]:
+        raise DataError(
+            f"data set '{name}'",
+            f"images have {raw.train.images.shape[1]} channels, the network was trained with {len(spec.mean)}.",
+        )
+    train = _normalise(raw.train, spec)
+    if validation_path is not None:
+        validation = _normalise(parts["validation"], spec)
+    else:
+        train, validation = _split(train, validation_fraction, validation_seed)
+    test = _normalise(raw.test, spec) if raw.test else None
+    return DataSet(name, spec, raw.classes, train, validation, test)
+
+
+def _check_images(where: str, raw: RawImages, classes: int) -> None:
+    if len(raw.labels) == 0:
+        raise DataError(where, "is empty.")
+    if raw.images.is_floating_point() and not bool(raw.images.isfinite().all()):
+        bad = int((~raw.images.isfinite().flatten(1).all(1)).sum())
+        raise DataError(where, f"{bad} of {len(raw.images)} images hold NaN or infinity.")
+    lowest, highest = int(raw.labels.min()), int(raw.labels.max())
+    if lowest < 0 or highest >= classes:
+        raise DataError(where, f"labels run from {lowest} to {highest}; allowed are 0 to {classes - 1}.")
+
+
+def _measure(raw: RawImages) -> InputSpec:
+    shape = tuple(raw.images.shape[1:])
+    pixels = raw.images.transpose(0, 1).flatten(1).double() / raw.scale
+    mean, std = pixels.mean(1), pixels.std(1).clamp_min(1e-6)
+    rounded = [tuple(round(value, 4) for value in values.tolist()) for values in (mean, std)]
+    return InputSpec(shape, rounded[0], rounded[1])
+
+
+def _normalise(raw: RawImages, spec: InputSpec) -> Examples:
+    mean = torch.tensor(spec.mean)[:, None, None]
+    std = torch.tensor(spec.std)[:, None, None]
+    return Examples((raw.images.float() / raw.scale - mean) / std, raw.labels)
+
+
+def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, round(fraction * len(examples)))
+    if held_out >= len(examples):
+        raise DataError("validation split", f"of {len(examples)} examples leaves none to train on.")
+    parts = order[held_out:].sort()[0], order[:held_out].sort()[0]
+    train, validation = (Examples(examples.inputs[part], examples.labels[part]) for part in parts)
+    return train, validation

@@ -1,0 +1,218 @@
+"""Named data sets as raw tensors: digits, torchvision's classification sets, folders, .npz files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vbdcompress.errors import DataError
+
+MAX_FOLDER_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """Images as they come, before normalisation.
+
+    Attributes:
+        images: [n, channels, height, width], 0 to `scale`.
+        labels: [n] int64.
+        scale: the value of a fully bright pixel: 255, 16 for digits, 1 for floats.
+    """
+
+    images: Tensor
+    labels: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class RawSet:
+    """A data set's training part, its test part where it has one, and its classes."""
+
+    train: RawImages
+    test: RawImages | None
+    classes: tuple[str, ...]
+
+
+def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
+    """The raw tensors of a data set.
+
+    Args:
+        name: "digits", a key of TORCHVISION_SETS, a folder of class folders, or an .npz file.
+        root: where torchvision keeps its sets; downloads there what is missing.
+        image_size: height and width that a folder's images are resized and cropped to.
+    Raises:
+        DataError: unknown name, missing or malformed data.
+    """
+    if name == "digits":
+        return _read_digits()
+    if name in TORCHVISION_SETS:
+        return _read_torchvision(name, root)
+    path = Path(name)
+    if path.suffix == ".npz" and path.is_file():
+        return _read_npz(path)
+    if path.is_dir():
+        return _read_folder(path, image_size)
+    known = ["digits", *TORCHVISION_SETS]
+    near = get_close_matches(name, known, n=1)
+    raise DataError(
+        f"data set '{name}'",
+        "is neither a known name, a folder of class folders nor an .npz file"
+        + (f"; did you mean '{near[0]}'?" if near else "."),
+        f"Known: {', '.join(known)}",
+    )
+
+
+def _read_digits() -> RawSet:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.uint8)[:, None]
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    # scikit-learn ships no test split; this one is fixed, whatever a run's seed is
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    test, train = order[:449], order[449:]
+    return RawSet(
+        RawImages(images[train], labels[train], 16.0),
+        RawImages(images[test], labels[test], 16.0),
+        tuple(str(name) for name in digits.target_names),
+    )
+
+
+def _by_train_flag(cls: Callable[..., Any]) -> Callable[[str, bool], Any]:
+    return lambda root, train: cls(root, train=train, download=True)
+
+
+def _by_split_name(cls: Callable[..., Any]) -> Callable[[str, bool], Any]:
+    return lambda root, train: cls(root, split="train" if train else "test", download=True)
+
+
+# name -> (class in torchvision.datasets, how it is asked for a part)
+TORCHVISION_SETS: dict[str, tuple[str, Callable[[Callable[..., Any]], Callable[[str, bool], Any]]]] = {
+    "mnist": ("MNIST", _by_train_flag),
+    "fashion_mnist": ("FashionMNIST", _by_train_flag),
+    "kmnist": ("KMNIST", _by_train_flag),
+    "cifar10": ("CIFAR10", _by_train_flag),
+    "cifar100": ("CIFAR100", _by_train_flag),
+    "svhn": ("SVHN", _by_split_name),
+    "stl10": ("STL10", _by_split_name),
+}
+
+
+def _read_torchvision(name: str, root: Path | None) -> RawSet:
+    from torchvision import datasets
+
+    if root is None:
+        raise DataError(f"data set '{name}'", "needs a folder to lie in.", "Say where: --data-root ROOT")
+    class_name, how = TORCHVISION_SETS[name]
+    open_part = how(getattr(datasets, class_name))
+    try:
+        train, test = open_part(str(root), True), open_part(str(root), False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"data set '{name}'", f"is not under '{root}' and could not be downloaded there: {error}"
+        ) from error
+    train_images, test_images = _raw_images(train), _raw_images(test)
+    classes = getattr(train, "classes", None) or range(int(train_images.labels.max()) + 1)
+    return RawSet(train_images, test_images, tuple(str(item) for item in classes))
+
+
+def _raw_images(part: Any) -> RawImages:
+    labels = getattr(part, "targets", None)
+    labels = part.labels if labels is None else labels
+    return RawImages(
+        _channels_first(torch.as_tensor(part.data)), torch.as_tensor(labels, dtype=torch.int64), 255.0
+    )
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """[n, h, w], [n, h, w, c] or [n, c, h, w] -> [n, c, h, w]; c is 1, 3 or 4."""
+    if images.dim() == 3:
+        return images[:, None]
+    if images.shape[1] in (1, 3, 4):
+        return images
+    return images.permute(0, 3, 1, 2).contiguous()
+
+
+def _read_npz(path: Path) -> RawSet:
+    where = f"data set '{path}'"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(where, f"can't be read as .npz: {error}") from error
+    if not {"images", "labels"} <= set(arrays):
+        raise DataError(
+            where,
+            f"holds {sorted(arrays)}, needs 'images' and 'labels'.",
+            "'test_images' and 'test_labels' may stand beside them.",
+        )
+    test = None
+    if {"test_images", "test_labels"} <= set(arrays):
+        test = _npz_part(where, arrays["test_images"], arrays["test_labels"])
+    train = _npz_part(where, arrays["images"], arrays["labels"])
+    count = int(train.labels.max()) + 1 if len(train.labels) else 0
+    names = arrays.get("classes", np.arange(count))
+    return RawSet(train, test, tuple(str(item) for item in names))
+
+
+def _npz_part(where: str, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> RawImages:
+    if images.ndim not in (3, 4) or len(images) != len(labels) or labels.ndim != 1:
+        raise DataError(
+            where,
+            f"images have shape {images.shape} and labels {labels.shape}; allowed are "
+            "[n, h, w], [n, h, w, c] or [n, c, h, w] beside [n].",
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(where, f"labels are {labels.dtype}, must be integers.")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise DataError(where, f"images are {images.dtype}, must be uint8 (0 to 255) or floats (0 to 1).")
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    tensor = torch.from_numpy(images if scale == 255.0 else images.astype(np.float32))
+    return RawImages(_channels_first(tensor), torch.from_numpy(labels.astype(np.int64)), scale)
+
+
+def _read_folder(path: Path, image_size: int | None) -> RawSet:
+    """ROOT/train/CLASS/image and ROOT/test (or val), or just ROOT/CLASS/image with no test part."""
+    parts = [part for part in ("test", "val") if (path / part).is_dir()]
+    if not (path / "train").is_dir():
+        train, classes = _read_image_folder(path, image_size)
+        return RawSet(train, None, classes)
+    train, classes = _read_image_folder(path / "train", image_size)
+    if not parts:
+        return RawSet(train, None, classes)
+    test, test_classes = _read_image_folder(path / parts[0], image_size)
+    if test_classes != classes:
+        raise DataError(f"data set '{path}'", f"train has classes {classes}, {parts[0]} has {test_classes}.")
+    return RawSet(train, test, classes)
+
+
+def _read_image_folder(path: Path, image_size: int | None) -> tuple[RawImages, tuple[str, ...]]:
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    where = f"data set '{path}'"
+    steps: list[Any] = [v2.ToImage()]
+    if image_size is not None:
+        steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
+    try:
+        folder = datasets.ImageFolder(str(path), transform=v2.Compose(steps))
+        first = folder[0][0]
+        if first.numel() * len(folder) > MAX_FOLDER_BYTES:
+            raise DataError(
+                where,
+                f"{len(folder)} images of {tuple(first.shape)} are more than {MAX_FOLDER_BYTES >> 30} GiB.",
+                "Use compress(model, loader) with a loader that reads them as it goes.",
+            )
+        images = torch.stack([folder[item][0].as_subclass(Tensor) for item in range(len(folder))])
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            where, f"can't be read as a folder of class folders: {error}", "Images of one size: --image-size N"
+        ) from error
+    labels = torch.tensor(folder.targets, dtype=torch.int64)
+    return RawImages(images, labels, 255.0), tuple(folder.classes)

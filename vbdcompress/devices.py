@@ -1,0 +1,49 @@
+"""Devices, precision and processes: all that the package asks of Lightning Fabric."""
+
+import os
+import warnings
+
+from lightning_fabric import Fabric
+
+from vbdcompress.config import FitConfig
+from vbdcompress.errors import FitError
+
+
+def start_fabric(config: FitConfig) -> Fabric:
+    """Start the processes that the configuration asks for and join them.
+
+    On one machine `devices=N` starts the other N - 1 processes by running this program again.
+    Under torchrun the processes are there already.
+
+    Raises:
+        FitError: the world is not the one asked for; silently training N separate networks, or
+            one on a single process, is worse than stopping.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if under_torchrun else None
+    nodes = int(os.environ["WORLD_SIZE"]) // local if local else 1
+    devices = config.devices or local or 1
+    if local is not None and devices != local:
+        raise FitError(
+            "processes",
+            f"--devices {devices} was asked for, torchrun started {local} on this machine.",
+            "Leave --devices out under torchrun, or make them equal.",
+        )
+    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(config.device)
+    if accelerator is None:
+        raise FitError("device", f"'{config.device}' is unknown; allowed are auto, cpu, cuda, mps.")
+    with warnings.catch_warnings():
+        # Fabric's advice to users of its own (unused GPUs, worker counts) is not ours to give.
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        try:
+            fabric = Fabric(
+                accelerator=accelerator, devices=devices, num_nodes=nodes, precision=config.precision
+            )
+            fabric.launch()
+        except (RuntimeError, ValueError) as error:
+            raise FitError("device", f"'{config.device}' x {devices} can't be used: {error}") from error
+    if fabric.world_size != devices * nodes:
+        raise FitError(
+            "processes", f"{devices * nodes} were asked for, {fabric.world_size} are running.", "Check torchrun's flags."
+        )
+    return fabric

@@ -1,0 +1,64 @@
+"""Error of a network on a set, in percent."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vbdcompress.errors import DataError
+
+Loss = Callable[[Any, Any], Tensor]
+Metric = Callable[[Any, Any], Tensor]
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Mean negative log likelihood in nats; output [batch, classes], target [batch]."""
+    return F.cross_entropy(output, target)
+
+
+def top1_error(output: Tensor, target: Tensor) -> Tensor:
+    """[batch], 1 where the most likely class is not the target, else 0."""
+    return (output.argmax(1) != target).float()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors in a batch (bare, or in tuples, lists and dicts) on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network lies, by its first parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@torch.no_grad()
+def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top1_error) -> float:
+    """Mean of `metric` over a set in percent, in eval mode; the network's mode is put back.
+
+    Args:
+        batches: yields (input, target).
+        metric: (output, target) -> [batch], each example's error in [0, 1].
+    Raises:
+        DataError: no batch came.
+    """
+    device, was_training = device_of(model), model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for inputs, target in batches:
+        errors = metric(model(to_device(inputs, device)), to_device(target, device))
+        total += errors.double().sum()
+        count += errors.numel()
+    model.train(was_training)
+    if count == 0:
+        raise DataError("evaluation", "the set is empty: no batch came.")
+    return 100.0 * float(total) / count

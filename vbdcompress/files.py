@@ -1,0 +1,42 @@
+"""Every write is to a temporary name beside the target and then renamed: a killed run leaves no half file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vbdcompress.errors import LoadError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; renamed to `path` when the block ends well, removed when it does not."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """torch.save of tensors and plain values, in one step."""
+    with replacing(path) as partial:
+        torch.save(content, partial)
+
+
+def load_tensors(path: Path) -> Any:
+    """torch.load that runs no code from the file. Raises LoadError where the file is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise LoadError(f"file '{path}'", f"can't be read, it may be cut short: {error}") from error

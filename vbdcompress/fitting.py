@@ -1,0 +1,291 @@
+"""fit: train a network on the ELBO; without a posterior in it, on the plain loss."""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vbdcompress.config import FitConfig
+from vbdcompress.data import TensorBatches, count_examples
+from vbdcompress.devices import start_fabric
+from vbdcompress.errors import FitError
+from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
+from vbdcompress.files import load_tensors, save_tensors
+from vbdcompress.records import EpochRow
+from vbdcompress.vbd.elbo import ELBO, beta_at
+from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, set_threshold_
+
+CHECKPOINT_SECONDS = 20.0
+
+
+class Listener(Protocol):
+    """Is told how the fit goes on; only in the main process."""
+
+    def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
+        """After a step: both counted from 1; examples in it over all processes."""
+
+    def on_epoch(self, row: EpochRow, epochs: int) -> None:
+        """After an epoch and its validation."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The fitted network (the same object, trained in place), its log, and whether this is the main process."""
+
+    model: nn.Module
+    epochs: tuple[EpochRow, ...]
+    is_main: bool
+
+
+@dataclass(frozen=True)
+class FitCheckpoint:
+    """Where a fit keeps its state, and whether it goes on from what is there."""
+
+    path: Path
+    resume: bool = False
+    every_seconds: float = CHECKPOINT_SECONDS
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable[Any],
+    config: FitConfig | None = None,
+    *,
+    validation: Iterable[Any] | None = None,
+    loss: Loss = cross_entropy,
+    metric: Metric = top1_error,
+    threshold: float = KEEP_ALL,
+    num_data: int | None = None,
+    keep_zeros: bool = False,
+    checkpoint: FitCheckpoint | None = None,
+    listener: Listener | None = None,
+) -> FitResult:
+    """Minimise mean NLL + beta * KL / num_data by Adam, in place.
+
+    Args:
+        model: a converted network (`convert(...).model`), or a plain one: then KL is 0.
+        loader: yields (input, target) batches, once an epoch.
+        config: rates, epochs, prior, device, precision, processes.
+        validation: the error on it is measured after each epoch, masked at `threshold`.
+        loss: (output, target) -> scalar mean NLL in nats.
+        metric: (output, target) -> [batch] errors in [0, 1].
+        threshold: of log_alpha, for the epoch log's error and sparsity only.
+        num_data: training examples an epoch over all processes; None counts them.
+        keep_zeros: weights (tensors of 2 or more dimensions) that are 0 stay 0.
+        checkpoint: where the state is kept; with resume, a fit that was cut off goes on as if
+            it had not been.
+        listener: told of steps and epochs.
+    Raises:
+        FitError: the loss turned NaN or infinite, or a checkpoint is of another fit.
+        DataError: the loader is empty.
+    """
+    config = config or FitConfig()
+    fabric = start_fabric(config)
+    total = num_data or count_examples(loader)
+    elbo = ELBO(model, loss, total, config.prior)
+    optimizer = _make_optimizer(model, config)
+    step_module, step_optimizer = fabric.setup(elbo, optimizer)
+    run = _Run(fabric, config, step_module, step_optimizer, _place(loader, fabric), keep_zeros)
+    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+        rows = _restore(checkpoint, elbo, optimizer, config)
+        saved = time.monotonic()
+        for epoch in range(len(rows), config.epochs):
+            nll, kl, seconds = run.epoch(epoch, listener)
+            set_threshold_(model, threshold)
+            error = None if validation is None else measure_error(model, validation, metric)
+            row = EpochRow(
+                epoch + 1,
+                nll,
+                kl,
+                beta_at(epoch, config.beta, run.warmup),
+                error,
+                _sparsity(model, threshold),
+                config.lr * run.rate(epoch),
+                seconds,
+                total / seconds,
+            )
+            rows.append(row)
+            if listener is not None and fabric.is_global_zero:
+                listener.on_epoch(row, config.epochs)
+            last = epoch + 1 == config.epochs
+            if checkpoint and (last or time.monotonic() - saved >= checkpoint.every_seconds):
+                _save(checkpoint, fabric, elbo, optimizer, config, rows)
+                saved = time.monotonic()
+    model.eval()
+    return FitResult(model, tuple(rows), fabric.is_global_zero)
+
+
+class _Run:
+    """What stays the same over the epochs of one fit."""
+
+    def __init__(
+        self, fabric: Fabric, config: FitConfig, module: Any, optimizer: Any, batches: Any, keep_zeros: bool
+    ) -> None:
+        self.fabric, self.config = fabric, config
+        self.module, self.optimizer, self.batches = module, optimizer, batches
+        self.warmup = min(config.warmup_epochs, config.epochs // 2)
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        weights = [weight for weight in module.parameters() if weight.dim() >= 2] if keep_zeros else []
+        self.kept = [(weight, weight != 0) for weight in weights if bool((weight == 0).any())]
+
+    def rate(self, epoch: int) -> float:
+        """Factor of the learning rates in an epoch counted from 0."""
+        done = epoch / max(1, self.config.epochs)
+        factors = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+        return factors[self.config.schedule]
+
+    def epoch(self, epoch: int, listener: Listener | None) -> tuple[float, float, float]:
+        """One pass over the training set: mean NLL and KL in nats per example, and seconds."""
+        fabric, config = self.fabric, self.config
+        # Of (seed, epoch, rank) alone, so that a resumed fit draws what an unbroken one would
+        torch.manual_seed((config.seed * 1_000_003 + epoch) * 4096 + fabric.global_rank)
+        sampler = getattr(self.batches, "sampler", self.batches)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * self.rate(epoch)
+        beta = torch.tensor(beta_at(epoch, config.beta, self.warmup), device=fabric.device)
+        sums = torch.zeros(2, device=fabric.device)
+        self.module.train()
+        steps = len(self.batches) if hasattr(self.batches, "__len__") else None
+        count, started = 0, time.perf_counter()
+        for inputs, target in self.batches:
+            sums += self.step(to_device(inputs, fabric.device), to_device(target, fabric.device), beta)
+            count += 1
+            if listener is not None and fabric.is_global_zero:
+                listener.on_step(epoch + 1, count, steps, len(target) * fabric.world_size)
+        if count == 0:
+            raise FitError(f"fit: epoch {epoch + 1}", "the loader gave no batch.")
+        mean = sums / count
+        if fabric.world_size > 1:
+            mean = fabric.all_reduce(mean, reduce_op="mean")  # type: ignore[assignment]
+        nll, kl = mean.tolist()
+        if not (math.isfinite(nll) and math.isfinite(kl)):
+            raise FitError(
+                f"fit: epoch {epoch + 1}",
+                f"the loss is not finite (NLL {nll:g}, KL {kl:g}); the last good checkpoint is kept.",
+                "Lower --lr, set --clip-norm 1, or look for NaN in the data.",
+            )
+        return nll, kl, time.perf_counter() - started
+
+    def step(self, inputs: Any, target: Any, beta: Tensor) -> Tensor:
+        """One update; returns [2], detached NLL and KL."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            terms = self.module(inputs, target, beta)
+        except IndexError as error:  # torch's cross entropy on the CPU: a label without a logit
+            raise FitError("fit", f"the loss refused a batch: {error}", "Labels count from 0.") from error
+        self.fabric.backward(terms.objective)
+        if self.config.clip_norm is not None:
+            self.fabric.clip_gradients(
+                self.module, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        with torch.no_grad():
+            for weight, kept in self.kept:
+                weight.mul_(kept)
+        return torch.stack((terms.nll.detach(), terms.kl.detach()))
+
+
+def _make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    """Adam with a rate for each role: theta and ordinary parameters, log variances, gates."""
+    posteriors = find_posteriors(model)
+    gates = {id(tensor) for p in posteriors if p.kind == "gate" for tensor in (p.theta, p.log_sigma2)}
+    variances = {id(p.log_sigma2) for p in posteriors if p.kind == "weight"}
+    roles: dict[str, list[Tensor]] = {"weights": [], "log_sigma2": [], "gates": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = id(parameter)
+            roles["gates" if key in gates else "log_sigma2" if key in variances else "weights"].append(
+                parameter
+            )
+    if not any(roles.values()):
+        raise FitError("fit", "the network has no parameter that can be trained.")
+    rates = {"weights": config.lr, "log_sigma2": config.lr_log_sigma2, "gates": config.lr_gates}
+    groups = [{"params": tensors, "lr": rates[role]} for role, tensors in roles.items() if tensors]
+    fusable = all(tensor.device.type in ("cpu", "cuda") for tensor in model.parameters())
+    return torch.optim.Adam(groups, fused=fusable)
+
+
+def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
+    """The loader's share of this process: tensors move to the device, a DataLoader gets its sampler."""
+    if isinstance(loader, TensorBatches):
+        if loader.batch_size < fabric.world_size:
+            raise FitError("fit", f"a batch of {loader.batch_size} can't be shared by {fabric.world_size}.")
+        return loader.on(fabric.device, fabric.global_rank, fabric.world_size)
+    if isinstance(loader, DataLoader):
+        return fabric.setup_dataloaders(loader)
+    if fabric.world_size > 1:
+        raise FitError(
+            "fit",
+            f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",
+            "Use a torch DataLoader.",
+        )
+    return loader
+
+
+def _sparsity(model: nn.Module, threshold: float) -> float | None:
+    posteriors = find_posteriors(model)
+    if not posteriors:
+        return None
+    with torch.no_grad():
+        removed = sum(int((p.log_alpha() >= threshold).sum()) for p in posteriors)
+    return removed / sum(p.theta.numel() for p in posteriors)
+
+
+def _fingerprint(config: FitConfig) -> dict[str, Any]:
+    """What must be equal for a checkpoint to go on; the machine's part may differ."""
+    return {
+        name: getattr(config, name)
+        for name in FitConfig.model_fields
+        if name not in ("device", "devices", "precision")
+    }
+
+
+def _save(
+    checkpoint: FitCheckpoint,
+    fabric: Fabric,
+    elbo: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: FitConfig,
+    rows: list[EpochRow],
+) -> None:
+    if fabric.is_global_zero:
+        content = {
+            "config": _fingerprint(config),
+            "rows": [asdict(row) for row in rows],
+            "model": elbo.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        save_tensors(checkpoint.path, content)
+
+
+def _restore(
+    checkpoint: FitCheckpoint | None, elbo: nn.Module, optimizer: torch.optim.Optimizer, config: FitConfig
+) -> list[EpochRow]:
+    """The rows of the epochs that are done; network and optimizer are as they were after them."""
+    if checkpoint is None or not checkpoint.resume or not checkpoint.path.exists():
+        return []
+    content = load_tensors(checkpoint.path)
+    differing = {
+        name: (content["config"].get(name), value)
+        for name, value in _fingerprint(config).items()
+        if content["config"].get(name) != value
+    }
+    if differing:
+        changes = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in differing.items())
+        raise FitError(
+            f"checkpoint '{checkpoint.path}'",
+            f"is of another fit: {changes}.",
+            "Resume with the same options, or start anew with --overwrite.",
+        )
+    elbo.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    return [EpochRow(**row) for row in content["rows"]]

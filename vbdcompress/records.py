@@ -1,0 +1,159 @@
+"""What the stages hand to each other: frozen, plain, printable."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network takes: pixels scaled to [0, 1], then (x - mean) / std for each channel.
+
+    Attributes:
+        shape: of one example without the batch, (channels, height, width) for images.
+        mean, std: for each channel, after scaling; empty where the user normalises himself.
+        name: of the ONNX input.
+    """
+
+    shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    name: str = "input"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One row of what `convert` did: a layer or parameter, and why it was left where it was.
+
+    Attributes:
+        name: dotted name.
+        kind: class of the layer ("Conv2d") or "Parameter".
+        action: "converted" or "left".
+        reason: how it was converted, or why it was left.
+        parameters: numbers in it.
+    """
+
+    name: str
+    kind: str
+    action: str
+    reason: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One line of the epoch log.
+
+    Attributes:
+        epoch: counted from 1.
+        nll, kl: means over the epoch, nats per example; kl already divided by num_data.
+        beta: weight of the KL in this epoch.
+        error: on the validation set, percent; None where there is none.
+        sparsity: fraction of posteriors with log_alpha >= threshold; None without posteriors.
+        learning_rate: of theta.
+        seconds: wall clock of the epoch, without validation.
+        examples_per_second: over all processes.
+    """
+
+    epoch: int
+    nll: float
+    kl: float
+    beta: float
+    error: float | None
+    sparsity: float | None
+    learning_rate: float
+    seconds: float
+    examples_per_second: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a network is.
+
+    Attributes:
+        parameters: numbers in all parameters.
+        nonzeros: of these, not zero.
+        macs: multiply-accumulates of one example.
+        bytes: of its float32 ONNX file: measured where the file was written, else estimated.
+    """
+
+    parameters: int
+    nonzeros: int
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The network masked at one threshold: validation error in percent, and its size once slimmed."""
+
+    threshold: float
+    error: float
+    size: Size
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer's parameters, nonzeros and MACs."""
+
+    name: str
+    kind: str
+    parameters: int
+    nonzeros: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of one onnxruntime call, original and slim file interleaved in one run."""
+
+    batch: int
+    original_ms: float
+    slim_ms: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """How the ONNX file was verified against torch on real samples.
+
+    Attributes:
+        opset: of the file.
+        bytes: of the file.
+        batch_sizes: that were run.
+        max_difference: largest |onnxruntime - torch| over the largest |torch|.
+        tolerance: what was allowed.
+    """
+
+    opset: int
+    bytes: int
+    batch_sizes: tuple[int, ...]
+    max_difference: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Channels of a group before and after, and why none could go where it stayed whole."""
+
+    name: str
+    size: int
+    kept: int
+    whole_because: str | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the threshold was chosen.
+
+    Attributes:
+        rule: "threshold" or "budget".
+        threshold: of log_alpha; infinite where nothing is removed.
+        baseline_error: of the original on validation, percent.
+        limits: absolute bounds by field of `Size`.
+        explanation: one phrase for a reader.
+    """
+
+    rule: str
+    threshold: float
+    baseline_error: float
+    limits: dict[str, int]
+    explanation: str

@@ -1,0 +1,190 @@
+"""What came out, as charts: error against size, and the layers before and after.
+
+Each goes from the report's plain JSON to an inline <svg>, "" where there is nothing to draw.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import log10
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.patches import PathPatch
+
+from vbdcompress.reporting.formatting import divide_sizes, format_percent, format_ratio, format_short
+from vbdcompress.reporting.svg import (
+    BEFORE,
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    add_legend,
+    chart_style,
+    choose_log_ticks,
+    join_boxes,
+    make_axes,
+    render_svg,
+    shorten_name,
+)
+
+MAX_BARS = 60
+SIZE_NAMES = {
+    "nonzeros": "nonzero parameters",
+    "parameters": "parameters",
+    "macs": "MACs of one example",
+    "bytes": "bytes of the ONNX file",
+}
+
+
+def choose_curve_field(selection: Mapping[str, Any]) -> str:
+    """The size on the curve's axis: what the budget bounds, else the nonzero parameters."""
+    bounded = [name for name in SIZE_NAMES if (selection["limits"] or {}).get(name) is not None]
+    return bounded[0] if bounded else "nonzeros"
+
+
+def find_chosen(curve: Sequence[Mapping[str, Any]], selection: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The curve's point at the chosen threshold; None where it was not measured."""
+    matches = [point for point in curve if point["threshold"] == selection["threshold"]]
+    return matches[0] if matches else None
+
+
+def cut_error_axis(curve: Sequence[Mapping[str, Any]], selection: Mapping[str, Any]) -> float:
+    """The highest error that the curve's axis shows: errors near chance would flatten the rest."""
+    chosen = find_chosen(curve, selection)
+    known = [selection["baseline_error"], chosen and chosen["error"]]
+    top = max((error for error in known if error is not None), default=0.0)
+    highest = max(float(point["error"]) for point in curve)
+    return min(highest, max(3 * top, top + 5))
+
+
+def draw_curve(stage: Mapping[str, Any], original: Mapping[str, Any], key: str) -> str:
+    """Validation error against size, the chosen point and the original marked.
+
+    Args:
+        stage: an element of the report's "stages".
+        original: the report's size before.
+        key: unique in the page.
+    """
+    curve, selection = stage["curve"], stage["selection"]
+    if not curve:
+        return ""
+    field = choose_curve_field(selection)
+    # nothing left has no place on a logarithmic axis
+    points = sorted((p for p in curve if p["size"][field] > 0), key=lambda p: p["size"][field])
+    if not points:
+        return ""
+    chosen, baseline = find_chosen(points, selection), selection["baseline_error"]
+    with chart_style():
+        figure, axes = make_axes(300, left=48, bottom=56, top=34)
+        if baseline is not None:
+            axes.axhline(baseline, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            axes.plot([original[field]], [baseline], "D", color=MUTED, markersize=6, label="original")
+        axes.plot(
+            [point["size"][field] for point in points],
+            [point["error"] for point in points],
+            "-o",
+            color=BLUE,
+            markersize=3.5,
+            linewidth=1.8,
+            label="by threshold",
+        )
+        if chosen is not None:
+            label = f"chosen ({_name_threshold(chosen['threshold'])})"
+            x, y = chosen["size"][field], chosen["error"]
+            axes.plot([x], [y], "o", color=ORANGE, markersize=10, label=label)
+        _mark_limits(axes, selection, field)
+        _scale_curve(axes, points, original[field], field)
+        axes.set_ylim(0, 1.06 * max(cut_error_axis(points, selection), 0.1))
+        axes.set_ylabel("validation error, %")
+        add_legend(axes)
+        return render_svg(figure, key, "Error against size", _describe_curve(points, chosen, field))
+
+
+def _mark_limits(axes: Axes, selection: Mapping[str, Any], field: str) -> None:
+    limits = selection["limits"] or {}
+    rise, size = limits.get("max_error_increase"), limits.get(field)
+    if rise is not None and selection["baseline_error"] is not None:
+        axes.axhline(selection["baseline_error"] + rise, color=ORANGE, linewidth=1, linestyle=(0, (1, 2)))
+    if isinstance(size, int | float):
+        axes.axvline(size, color=ORANGE, linewidth=1, linestyle=(0, (1, 2)))
+
+
+def _scale_curve(axes: Axes, points: Sequence[Mapping[str, Any]], original: float, field: str) -> None:
+    sizes = [point["size"][field] for point in points] + [original]
+    low, high = min(sizes), max(sizes)
+    margin = max((high / low) ** 0.05, 1.05)
+    axes.set_xscale("log")
+    axes.set_xlim(low / margin, high * margin)
+    ticks = choose_log_ticks(low / margin, high * margin)
+    labels = [f"{format_short(tick)}\n{format_ratio(divide_sizes(original, tick))}" for tick in ticks]
+    axes.set_xticks(ticks, labels)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(f"{SIZE_NAMES[field]}; how many times fewer")
+
+
+def _describe_curve(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, field: str) -> str:
+    first, last = points[0], points[-1]
+    text = (
+        f"Validation error against {SIZE_NAMES[field]}: {format_percent(first['error'])} at "
+        f"{first['size'][field]:,} to {format_percent(last['error'])} at {last['size'][field]:,}."
+    )
+    if chosen is not None:
+        text += f" Chosen: {format_percent(chosen['error'])} at {chosen['size'][field]:,}."
+    return text
+
+
+def _name_threshold(threshold: float | None) -> str:
+    return "nothing removed" if threshold is None else f"threshold {threshold:g}"
+
+
+def choose_bars(layers: Sequence[Mapping[str, Any]], field: str) -> list[Mapping[str, Any]]:
+    """The layers that a bar chart shows: the MAX_BARS largest, in the network's order."""
+    sized = [layer for layer in layers if layer["before"][field]]
+    largest = sorted(sized, key=lambda layer: -layer["before"][field])[:MAX_BARS]
+    names = {id(layer) for layer in largest}
+    return [layer for layer in sized if id(layer) in names]
+
+
+def draw_bars(layers: Sequence[Mapping[str, Any]], field: str, key: str) -> str:
+    """A bar for each layer, before and after, on a logarithmic scale.
+
+    Args:
+        layers: the report's "layers".
+        field: "nonzeros" or "macs".
+        key: unique in the page.
+    """
+    shown = choose_bars(layers, field)
+    if not shown:
+        return ""
+    before = [layer["before"][field] for layer in shown]
+    after = [(layer["after"] or {}).get(field) or 0 for layer in shown]
+    low = min(value for value in before + after if value > 0)
+    left = 10 ** (log10(low) - 0.25)
+    with chart_style():
+        step = 19
+        names = [shorten_name(layer["name"]) for layer in shown]
+        margin = 16 + 6.3 * max(len(name) for name in names)
+        figure, axes = make_axes(step * len(shown) + 74, left=margin, bottom=40, top=34, right=48)
+        axes.set_xscale("log")
+        axes.set_xlim(left, 1.05 * max(before))
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.add_patch(_make_bars(before, left, 0.76, facecolor=BEFORE, label="before"))
+        axes.add_patch(_make_bars(after, left, 0.42, facecolor=BLUE, label="after"))
+        for row, (old, new) in enumerate(zip(before, after, strict=True)):
+            text = format_ratio(old / new) if new else "gone"
+            axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+        ticks = choose_log_ticks(left, 1.05 * max(before), most=5)
+        axes.set_xticks(ticks, [format_short(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_yticks(range(len(names)), names, color=INK, fontsize=10)
+        axes.grid(visible=True, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(SIZE_NAMES[field])
+        add_legend(axes)
+        description = f"{SIZE_NAMES[field]} of {len(shown)} layers, before and after; numbers in the table."
+        return render_svg(figure, key, f"{SIZE_NAMES[field]} by layer".capitalize(), description)
+
+
+def _make_bars(values: Sequence[float], left: float, thickness: float, **style: Any) -> PathPatch:
+    half = thickness / 2
+    boxes = [(left, row - half, value, row + half) for row, value in enumerate(values) if value > 0]
+    return PathPatch(join_boxes(boxes), linewidth=0, **style)

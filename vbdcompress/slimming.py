@@ -1,0 +1,209 @@
+"""slim: choose how much goes, and cut it out of the network."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vbdcompress.config import RunConfig, parse_limit
+from vbdcompress.conversion import Converted
+from vbdcompress.count import measure_size
+from vbdcompress.errors import SlimError
+from vbdcompress.evaluation import device_of, to_device
+from vbdcompress.records import CurvePoint, GroupRow, Selection, Size
+from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
+from vbdcompress.surgery.liveness import plan_removal_
+from vbdcompress.surgery.verify import EXACT, flatten_output, relative_difference
+
+# Thresholds of log_alpha at which the curve is measured; the literature's is 3
+CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
+DEFAULT_THRESHOLD = {"weights": 3.0, "channels": 0.0}
+BATCH_NORM_BATCHES = 50
+
+
+@dataclass(frozen=True)
+class Slim:
+    """A network cut down.
+
+    Attributes:
+        model: plain and slim, an ordinary nn.Module in eval mode, on the CPU.
+        plan: what of each layer stayed.
+        groups: channels before and after, and why any group stayed whole.
+        threshold: of log_alpha at which weights or channels went.
+    """
+
+    model: nn.Module
+    plan: RemovalPlan
+    groups: tuple[GroupRow, ...]
+    threshold: float
+
+
+def slim(converted: Converted, threshold: float | None = None) -> Slim:
+    """Remove every weight or channel with log_alpha >= threshold, exactly.
+
+    The masked network (theta where kept, 0 elsewhere) and the slim one compute the same function:
+    checked on the example, in float64, to 1e-10.
+
+    Args:
+        converted: fitted; left as it was.
+        threshold: None takes the mode's default.
+    Raises:
+        SlimError: the two differ: a defect, better a stop than a wrong network.
+    """
+    chosen = DEFAULT_THRESHOLD[converted.mode] if threshold is None else threshold
+    masked = converted.plain(chosen).cpu()
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(masked)}
+    example = converted.example.double() if converted.example.is_floating_point() else converted.example
+    model = masked.double()
+    with torch.no_grad():
+        expected = flatten_output(model(example))
+        plan = plan_removal_(model, converted.scan.removable, example)
+        apply_plan_(model, plan)
+        difference = relative_difference(expected, flatten_output(model(example)))
+    if difference > EXACT:
+        raise SlimError(
+            "slim",
+            f"the cut network differs from the masked one by {difference:.1g} of the largest output.",
+            "This is a defect: please report it. Until then: --skip the layers at fault.",
+        )
+    for name, tensor in _tensors(model):
+        tensor.data = tensor.data.to(dtypes.get(name, converted.example.dtype))
+    rows = tuple(_group_row(group, plan) for group in converted.scan.groups)
+    return Slim(model.eval(), plan, rows, chosen)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    found = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor) for name, tensor in found if tensor.is_floating_point()]
+
+
+def _group_row(group: Any, plan: RemovalPlan) -> GroupRow:
+    """How many of a group's channels stayed, read off the cut of its first writer or reader."""
+    member = group.readers[0] if group.is_features else (group.writers or group.readers)[0]
+    cut = plan.cuts.get(member.layer)
+    kept_positions = None if cut is None else cut.inputs if group.is_features else cut.outputs
+    here = member.index[member.index >= 0]
+    if kept_positions is not None:
+        kept = member.index[list(kept_positions)]
+        here = kept[kept >= 0]
+    return GroupRow(group.name, group.size, len(set(here.tolist())), group.whole_because)
+
+
+@torch.no_grad()
+def reestimate_batch_norm_(model: nn.Module, loader: Iterable[Any], batches: int = BATCH_NORM_BATCHES) -> None:
+    """Take batch norm's running statistics anew, in place: those of the fit were taken under noise.
+
+    Args:
+        loader: training batches, (input, target); at most `batches` of them are used.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    device = device_of(model)
+    for number, (inputs, _) in enumerate(loader):
+        if number == batches:
+            break
+        model(to_device(inputs, device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def measure_curve(
+    converted: Converted,
+    measure: Callable[[nn.Module], float],
+    *,
+    prepare: Callable[[nn.Module], None],
+    graph_bytes: int = 0,
+    thresholds: Sequence[float] = CURVE_THRESHOLDS,
+) -> tuple[CurvePoint, ...]:
+    """Error and size against the threshold, from one fit, by cutting at each.
+
+    Args:
+        converted: fitted.
+        measure: error of a slim network on the validation set, in percent.
+        prepare: what is done to a slim network before it is measured (batch norm's statistics).
+        graph_bytes: see `measure_size`.
+    """
+    points: list[CurvePoint] = []
+    for threshold in sorted({*thresholds, float("inf")}, reverse=True):
+        model = slim(converted, threshold).model
+        size = measure_size(model, converted.example, graph_bytes)
+        if points and size == points[-1].size:
+            continue
+        prepare(model)
+        points.append(CurvePoint(threshold, measure(model), size))
+    return tuple(points)
+
+
+def select_threshold(
+    curve: Sequence[CurvePoint],
+    config: RunConfig,
+    mode: str,
+    baseline_error: float,
+    original: Size,
+    *,
+    max_error_increase: float | None = None,
+    limits: Mapping[str, int | str] | None = None,
+) -> Selection:
+    """The point on the curve that the user's threshold or budget asks for.
+
+    Within all size limits: with an error budget, the smallest network that keeps it; without,
+    the one with the lowest validation error.
+
+    Args:
+        curve: from `measure_curve`.
+        baseline_error: of the original on validation, percent.
+        original: size that shares such as "10%" refer to.
+        max_error_increase, limits: override the config's, for the first of two stages.
+    Raises:
+        SlimError: no point keeps the budget; says how close the curve comes.
+    """
+    if limits is None and max_error_increase is None:
+        limits, max_error_increase = config.limits, config.max_error_increase
+    limits = limits or {}
+    if not limits and max_error_increase is None:
+        chosen = DEFAULT_THRESHOLD[mode] if config.threshold is None else config.threshold
+        where = "asked for" if config.threshold is not None else f"the default in {mode} mode"
+        return Selection("threshold", chosen, baseline_error, {}, f"log_alpha >= {chosen:g}, {where}")
+    bounds = {key: parse_limit(value, getattr(original, key)) for key, value in limits.items()}
+    fitting = [p for p in curve if all(getattr(p.size, key) <= bound for key, bound in bounds.items())]
+    if not fitting:
+        smallest = min(curve, key=lambda p: max(getattr(p.size, key) / max(1, b) for key, b in bounds.items()))
+        found = ", ".join(f"{key} {getattr(smallest.size, key):,} (limit {b:,})" for key, b in bounds.items())
+        raise SlimError(
+            "budget",
+            f"no threshold keeps it; the smallest network on the curve has {found} "
+            f"at {smallest.error:.2f} % validation error.",
+            "Raise the limit, fit with a larger --beta, or use --mode channels for MACs.",
+        )
+    told = " and ".join(f"{_LIMIT_NAMES[key]} <= {bound:,}" for key, bound in bounds.items())
+    if max_error_increase is None:
+        best = min(fitting, key=lambda p: (p.error, p.size.nonzeros))
+        return Selection("budget", best.threshold, baseline_error, bounds, f"lowest validation error with {told}")
+    allowed = [p for p in fitting if p.error <= baseline_error + max_error_increase]
+    if not allowed:
+        nearest = min(fitting, key=lambda p: p.error)
+        raise SlimError(
+            "budget",
+            f"no threshold keeps validation error within {max_error_increase:g} points of "
+            f"{baseline_error:.2f} %; the best within the limits has {nearest.error:.2f} %.",
+            "Raise --max-error-increase, or fit longer or with a smaller --beta.",
+        )
+    best = min(allowed, key=lambda p: (p.size.macs if mode == "channels" else 0, p.size.nonzeros))
+    told = f"{told} and " if told else ""
+    told += f"validation error at most {max_error_increase:g} points above {baseline_error:.2f} %"
+    return Selection("budget", best.threshold, baseline_error, bounds, f"smallest network with {told}")
+
+
+_LIMIT_NAMES = {"nonzeros": "parameters that are not zero", "macs": "MACs", "bytes": "bytes"}

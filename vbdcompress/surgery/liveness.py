@@ -1,0 +1,260 @@
+"""Which channels of a masked network do nothing, so that cutting them changes nothing.
+
+A channel is dead when every weight that reads it is 0, or when every weight that writes it is 0:
+then it is a constant, which goes into the bias of its readers. Both are found from the weights
+alone; the one thing measured is the value of that constant behind norms and activations.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from vbdcompress.surgery.groups import ChannelGroup, Index, Member
+from vbdcompress.surgery.slice import LayerCut, RemovalPlan
+
+# Two positions of one constant channel may differ by rounding (average pooling), in float64
+CONSTANT_TOLERANCE = 1e-12
+
+
+@dataclass
+class _Liveness:
+    """The masked network being whittled down, and what has been removed of each group."""
+
+    model: nn.Module
+    groups: tuple[ChannelGroup, ...]
+    example: Tensor
+    removed: dict[str, set[int]] = field(default_factory=dict)
+    new_biases: set[str] = field(default_factory=set)
+
+
+@torch.no_grad()
+def plan_removal_(model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor) -> RemovalPlan:
+    """What can be cut from a masked network; folds constants into biases, in place.
+
+    Args:
+        model: plain, eval mode, float64 and on the CPU for exactness. Afterwards it computes the
+            same function, with dead channels' weights set to 0 and constants moved into biases.
+        groups: those from which channels may go. The last channel of a group always stays.
+        example: a batch of inputs, to run the network on.
+    """
+    state = _Liveness(model, tuple(groups), example)
+    state.removed = {group.name: set() for group in state.groups}
+    while _remove_unread(state) or _fold_constants(state):
+        pass
+    return _plan_from(state)
+
+
+def _layer(model: nn.Module, member: Member) -> nn.Linear | _ConvNd:
+    layer = model.get_submodule(member.layer)
+    assert isinstance(layer, nn.Linear | _ConvNd)
+    return layer
+
+
+def _by_input(layer: nn.Linear | _ConvNd) -> Tensor:
+    """[inputs, everything else] view of a mixing layer's weight."""
+    return layer.weight.flatten(1) if isinstance(layer, _ConvTransposeNd) else layer.weight.transpose(0, 1).flatten(1)
+
+
+def _by_output(layer: nn.Linear | _ConvNd) -> Tensor:
+    """[outputs, everything else] view of a mixing layer's weight."""
+    return layer.weight.transpose(0, 1).flatten(1) if isinstance(layer, _ConvTransposeNd) else layer.weight.flatten(1)
+
+
+def _channels_with_all_zero(group: ChannelGroup, zero_at: list[tuple[Member, Tensor]]) -> Index:
+    """Channels all of whose positions in all members are zero; zero_at: [positions] bool."""
+    alive = np.zeros(group.size, dtype=bool)
+    for member, zero in zero_at:
+        busy = member.index[~zero.cpu().numpy()]
+        alive[busy[busy >= 0]] = True
+    dead: Index = np.flatnonzero(~alive)
+    return dead
+
+
+def _remove_unread(state: _Liveness) -> bool:
+    """Remove channels that no weight reads; True where any went."""
+    changed = False
+    for group in state.groups:
+        zero_at = [(m, (_by_input(_layer(state.model, m)) == 0).all(1)) for m in group.readers]
+        dead = _channels_with_all_zero(group, zero_at)
+        gone = state.removed[group.name]
+        new = [int(channel) for channel in dead if int(channel) not in gone]
+        if len(gone) + len(new) == group.size:
+            new = new[1:]  # the last channel stays
+        if new:
+            gone.update(new)
+            _silence(state.model, group, np.array(new))
+            changed = True
+    return changed
+
+
+def _silence(model: nn.Module, group: ChannelGroup, channels: Index) -> None:
+    """Set to 0 what writes removed channels: nothing reads them, and their own inputs may die in turn."""
+    for member in group.writers:
+        layer, positions = _layer(model, member), torch.from_numpy(member.positions(channels))
+        dim = 1 if isinstance(layer, _ConvTransposeNd) else 0
+        layer.weight.index_fill_(dim, positions.to(layer.weight.device), 0.0)
+        if layer.bias is not None:
+            layer.bias[positions] = 0.0
+
+
+def _fold_constants(state: _Liveness) -> bool:
+    """Move constant channels into their readers' biases; True where any was moved."""
+    silent: dict[str, Index] = {}
+    for group in state.groups:
+        if group.is_features:
+            continue
+        zero_at = [(m, (_by_output(_layer(state.model, m)) == 0).all(1)) for m in group.writers]
+        found = _channels_with_all_zero(group, zero_at)
+        gone = state.removed[group.name]
+        candidates = np.array([c for c in found if int(c) not in gone], dtype=np.int64)
+        if len(candidates) and len(gone) + 1 < group.size:
+            silent[group.name] = candidates
+    if not silent:
+        return False
+    inputs = _record_inputs(state)
+    changed = False
+    for group in state.groups:
+        for channel in silent.get(group.name, ()):
+            changed |= _fold_channel(state, group, np.array([channel]), inputs)
+    return changed
+
+
+def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
+    """Reader -> smallest and largest value of each input position over the example batch."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    readers = {member.layer for group in state.groups for member in group.readers}
+
+    def record(name: str, layer: nn.Module, value: Tensor) -> None:
+        dim = value.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        flat = value.movedim(dim, 0).flatten(1)
+        low, high = flat.amin(1), flat.amax(1)
+        if name in found:  # a layer used twice is constant only where both uses agree
+            low, high = torch.minimum(low, found[name][0]), torch.maximum(high, found[name][1])
+        found[name] = low, high
+
+    hooks = []
+    for name in sorted(readers):
+        layer = state.model.get_submodule(name)
+        hooks.append(
+            layer.register_forward_pre_hook(lambda layer, args, name=name: record(name, layer, args[0]))
+        )
+    try:
+        state.model(state.example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _fold_channel(
+    state: _Liveness, group: ChannelGroup, channel: Index, inputs: dict[str, tuple[Tensor, Tensor]]
+) -> bool:
+    """Fold one constant channel into all its readers if all of them can take it."""
+    folds = []
+    for member in group.readers:
+        layer, positions = _layer(state.model, member), member.positions(channel)
+        if member.layer not in inputs:  # not run on the example: nothing is known
+            return False
+        low, high = (bound[positions] for bound in inputs[member.layer])
+        if bool((high - low > CONSTANT_TOLERANCE * (1 + high.abs())).any()):
+            return False
+        unread = bool((_by_input(layer)[positions] == 0).all())
+        if not unread and bool((high != 0).any()) and _pads_with_zeros(layer):
+            return False  # the border would read 0 where the middle reads the constant
+        folds.append((member.layer, layer, positions, high))
+    for name, layer, positions, constant in folds:
+        _fold_into_bias(state, name, layer, positions, constant)
+    return True
+
+
+def _pads_with_zeros(layer: nn.Linear | _ConvNd) -> bool:
+    """Whether some output of the layer reads a position outside its input, or not every position it could."""
+    if isinstance(layer, nn.Linear):
+        return False
+    if isinstance(layer, _ConvTransposeNd):
+        return True  # overlaps differ from output to output
+    padding = layer.padding if isinstance(layer.padding, tuple) else (layer.padding,)
+    return layer.padding_mode == "zeros" and any(amount not in (0, "valid") for amount in padding)
+
+
+def _fold_into_bias(
+    state: _Liveness, name: str, layer: nn.Linear | _ConvNd, positions: Index, constant: Tensor
+) -> None:
+    weight = layer.weight
+    where = torch.from_numpy(positions).to(weight.device)
+    if bool((constant != 0).any()):
+        if isinstance(layer, nn.Linear):
+            shift = weight[:, where] @ constant
+        else:
+            dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
+            taps = weight.index_select(dim, where).movedim(dim, 0).flatten(2).sum(2)
+            shift = constant @ taps
+        if layer.bias is None:
+            layer.bias = nn.Parameter(weight.new_zeros(len(shift)))
+            state.new_biases.add(name)
+        layer.bias += shift
+    weight.index_fill_(0 if isinstance(layer, _ConvTransposeNd) else 1, where, 0.0)
+
+
+def _plan_from(state: _Liveness) -> RemovalPlan:
+    lost_inputs: dict[str, Index] = {}
+    lost_features: dict[str, Index] = {}
+    lost_outputs: dict[str, Index] = {}
+
+    def lose(where: dict[str, Index], member: Member, channels: Index) -> None:
+        before = where.get(member.layer, np.array([], dtype=np.int64))
+        where[member.layer] = np.union1d(before, member.positions(channels))
+
+    for group in state.groups:
+        gone = np.array(sorted(state.removed[group.name]), dtype=np.int64)
+        if len(gone):
+            for member in group.readers:
+                lose(lost_features if group.is_features else lost_inputs, member, gone)
+            for member in (*group.writers, *group.between):
+                lose(lost_outputs, member, gone)
+    names = {*lost_inputs, *lost_features, *lost_outputs, *state.new_biases}
+    ordered = [name for name, _ in state.model.named_modules() if name in names]
+    return RemovalPlan(
+        {
+            name: _layer_cut(
+                state.model.get_submodule(name),
+                lost_inputs.get(name),
+                lost_features.get(name),
+                lost_outputs.get(name),
+                name in state.new_biases,
+            )
+            for name in ordered
+        }
+    )
+
+
+def _layer_cut(
+    layer: nn.Module, inputs: Index | None, features: Index | None, outputs: Index | None, new_bias: bool
+) -> LayerCut:
+    mixing = isinstance(layer, nn.Linear | _ConvNd) and (isinstance(layer, nn.Linear) or layer.groups == 1)
+    width_in = _by_input(layer).shape[0] if mixing else 0  # type: ignore[arg-type]
+    width_out = _by_output(layer).shape[0] if mixing else _channels_of(layer)  # type: ignore[arg-type]
+    arriving = np.setdiff1d(np.arange(width_in), inputs if inputs is not None else [])
+    kept = np.setdiff1d(arriving, features if features is not None else [])
+    picks = features is not None and len(kept) < len(arriving)
+    return LayerCut(
+        inputs=_tuple(kept) if len(kept) < width_in else None,
+        outputs=None if outputs is None else _tuple(np.setdiff1d(np.arange(width_out), outputs)),
+        gather=_tuple(np.searchsorted(arriving, kept)) if picks else None,
+        new_bias=new_bias,
+    )
+
+
+def _channels_of(layer: nn.Module) -> int:
+    for name in ("num_features", "out_channels", "num_parameters"):
+        if isinstance(width := getattr(layer, name, None), int):
+            return width
+    raise TypeError(f"{type(layer).__name__} has no channels")
+
+
+def _tuple(index: Index) -> tuple[int, ...]:
+    return tuple(int(position) for position in index)

@@ -1,0 +1,144 @@
+"""Cutting positions out of layers, in place, and the plan that says which."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from vbdcompress.errors import SlimError
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """What of one layer stays, as indices into the original layer.
+
+    Attributes:
+        inputs, outputs: kept positions; None keeps all. Layers with one entry for each channel
+            (batch norm, depthwise convolution) only have `outputs`.
+        gather: positions that the layer picks from the input that it is given, where that stays
+            wider than what it reads; None reads it as it comes.
+        new_bias: a bias is added to a layer that had none, to hold constants of removed inputs.
+    """
+
+    inputs: tuple[int, ...] | None = None
+    outputs: tuple[int, ...] | None = None
+    gather: tuple[int, ...] | None = None
+    new_bias: bool = False
+
+
+@dataclass(frozen=True)
+class RemovalPlan:
+    """Layer by layer what stays: enough to cut a freshly built original network to the slim one."""
+
+    cuts: Mapping[str, LayerCut]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Plain JSON types; leaves out what is not cut."""
+        return {
+            name: {key: value for key, value in asdict(cut).items() if value not in (None, False)}
+            for name, cut in self.cuts.items()
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Mapping[str, Any]]) -> "RemovalPlan":
+        """Inverse of `to_json`. Raises SlimError where it is not such a plan."""
+        try:
+            return cls(
+                {
+                    name: LayerCut(
+                        **{key: tuple(v) if isinstance(v, list) else v for key, v in cut.items()}
+                    )
+                    for name, cut in content.items()
+                }
+            )
+        except (TypeError, AttributeError) as error:
+            raise SlimError("removal plan", f"is malformed: {error}") from error
+
+
+class GatherLinear(nn.Linear):
+    """nn.Linear that first picks features from its input: [..., width] -> [..., in_features]."""
+
+    input_index: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.index_select(-1, self.input_index))
+
+
+def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
+    """Cut a plain network down to the plan, in place.
+
+    Raises:
+        SlimError: the plan names a layer, or a position, that the network does not have.
+    """
+    for name, cut in plan.cuts.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError as error:
+            raise SlimError("removal plan", f"names layer '{name}', which the network lacks.") from error
+        try:
+            cut_layer_(layer, cut)
+        except (IndexError, RuntimeError) as error:
+            raise SlimError("removal plan", f"does not fit layer '{name}' ({layer}): {error}") from error
+
+
+@torch.no_grad()
+def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
+    """Cut one layer, in place, and keep its own record of its widths true."""
+    if isinstance(layer, nn.Linear):
+        _cut_linear_(layer, cut)
+    elif isinstance(layer, _ConvNd):
+        _cut_conv_(layer, cut)
+    elif isinstance(layer, _BatchNorm | _InstanceNorm | nn.PReLU):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            _select_(layer, name, 0, cut.outputs)
+        if cut.outputs is not None:
+            width = "num_parameters" if isinstance(layer, nn.PReLU) else "num_features"
+            setattr(layer, width, len(cut.outputs))
+    else:
+        raise SlimError("slim", f"does not know how to cut a {type(layer).__name__}.")
+    if cut.new_bias and getattr(layer, "bias", None) is None:
+        width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        assert isinstance(layer.weight, Tensor)
+        assert isinstance(width, int)
+        layer.bias = nn.Parameter(layer.weight.new_zeros(width))
+
+
+def _cut_linear_(layer: nn.Linear, cut: LayerCut) -> None:
+    _select_(layer, "weight", 0, cut.outputs)
+    _select_(layer, "bias", 0, cut.outputs)
+    _select_(layer, "weight", 1, cut.inputs)
+    layer.out_features, layer.in_features = layer.weight.shape
+    if cut.gather is not None:
+        layer.__class__ = GatherLinear
+        layer.register_buffer("input_index", torch.tensor(cut.gather, device=layer.weight.device))
+
+
+def _cut_conv_(layer: _ConvNd, cut: LayerCut) -> None:
+    if layer.groups > 1:  # depthwise: one filter for each channel
+        _select_(layer, "weight", 0, cut.outputs)
+        _select_(layer, "bias", 0, cut.outputs)
+        if cut.outputs is not None:
+            layer.in_channels = layer.out_channels = layer.groups = len(cut.outputs)
+        return
+    out_dim, in_dim = (1, 0) if isinstance(layer, _ConvTransposeNd) else (0, 1)
+    _select_(layer, "weight", out_dim, cut.outputs)
+    _select_(layer, "bias", 0, cut.outputs)
+    _select_(layer, "weight", in_dim, cut.inputs)
+    layer.out_channels, layer.in_channels = layer.weight.shape[out_dim], layer.weight.shape[in_dim]
+
+
+def _select_(layer: nn.Module, name: str, dim: int, kept: tuple[int, ...] | None) -> None:
+    tensor = getattr(layer, name, None)
+    if kept is None or tensor is None:
+        return
+    index = torch.tensor(kept, dtype=torch.int64, device=tensor.device)
+    selected = tensor.detach().index_select(dim, index).contiguous()
+    if isinstance(tensor, nn.Parameter):
+        setattr(layer, name, nn.Parameter(selected, requires_grad=tensor.requires_grad))
+    else:
+        setattr(layer, name, selected)

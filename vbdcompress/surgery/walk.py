@@ -1,0 +1,38 @@
+"""Traversal and names of a network's layers."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from vbdcompress.errors import ConvertError
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that own parameters or buffers themselves, each once, in the order of definition."""
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) or not any(True for _ in module.children()):
+            yield name, module
+
+
+def matches_skip(name: str, skip: Sequence[str]) -> bool:
+    """Whether a layer is one of, or lies below one of, the names to skip."""
+    return any(name == entry or name.startswith(entry + ".") for entry in skip)
+
+
+def check_skip(model: nn.Module, skip: Sequence[str]) -> None:
+    """Raise ConvertError for a name to skip that no module or parameter has."""
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    for entry in skip:
+        if entry not in names or not entry:
+            raise ConvertError(
+                "skip", f"no layer is named '{entry}'.", f"Layers: {', '.join(name for name in names if name)}"
+            )
+
+
+def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """id of each parameter that stands under more than one name -> its names."""
+    names: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
+    return {key: found for key, found in names.items() if len(found) > 1}

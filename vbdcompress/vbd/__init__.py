@@ -1,0 +1,1 @@
+"""Variational Bayesian Dropout: the mathematics. Knows no files and no command line."""

@@ -1,0 +1,63 @@
+"""The objective: the negative evidence lower bound, per example."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.vbd.kl import PRIORS
+from vbdcompress.vbd.posterior import find_posteriors
+
+
+class ELBOTerms(NamedTuple):
+    """Nats per example, each a scalar: `objective` = nll + beta * kl."""
+
+    objective: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+class ELBO(nn.Module):
+    """Negative ELBO of a converted network as one module, so that DDP and compile see all of it.
+
+        objective = NLL(batch) + beta * KL / num_data
+
+    "Variational Bayesian Dropout", Eq. 18, divided by the number of training examples: NLL is the
+    mean over the batch of -log p(y | x, w), w ~ q; KL the sum over every weight or gate. beta is
+    warmed up from 0 while fitting; beta = 1 is the paper's bound, beta > 1 a tempered one. A
+    network with no posterior has KL = 0: the objective is then the ordinary loss.
+
+    Args:
+        model: the network; its posteriors are found anew at each call.
+        loss: (output, target) -> scalar, the mean negative log likelihood of the batch in nats.
+        num_data: number of training examples, over all processes.
+        prior: "vbd" or "vd".
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Any, Any], Tensor], num_data: int, prior: str = "vbd"
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.num_data = num_data
+        self.prior = prior
+
+    def kl(self) -> Tensor:
+        """Sum of KL over all posteriors divided by num_data: nats per example, a scalar."""
+        term = PRIORS[self.prior]
+        parts = [term(posterior.log_alpha()).sum() for posterior in find_posteriors(self.model)]
+        if not parts:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        return torch.stack(parts).sum() / self.num_data
+
+    def forward(self, input: Any, target: Any, beta: Tensor) -> ELBOTerms:
+        nll = self.loss(self.model(input), target)
+        kl = self.kl()
+        return ELBOTerms(nll + beta * kl, nll, kl)
+
+
+def beta_at(epoch: int, beta: float, warmup_epochs: int) -> float:
+    """Weight of the KL in an epoch counted from 0: rises linearly from 0 to beta over the warm-up."""
+    return beta * min(1.0, epoch / warmup_epochs) if warmup_epochs else beta

@@ -1,0 +1,103 @@
+"""Channel gates: multiplicative noise on what a layer reads.
+
+"Variational Bayesian Dropout", Eq. 19: B' = f(B) o W', and B' is the input of the following
+layer. So a gate stands at the input of every layer that reads its channels, and removing a
+channel whose gate is 0 at all its readers changes nothing, whatever lies between.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior
+
+
+class ChannelGate(HasPosterior, nn.Module):
+    """w' ~ N(theta, sigma^2) for each of `size` channels; theta starts at 1.
+
+    Args:
+        size: number of channels (or features, or groups of channels that must go together).
+        log_sigma2: initial log variance.
+        name: of the channels, in reports; empty takes the module's.
+    """
+
+    kind = "gate"
+
+    def __init__(self, size: int, log_sigma2: float, name: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self.theta = nn.Parameter(torch.ones(size))
+        self.log_sigma2 = nn.Parameter(torch.full((size,), log_sigma2))
+        self.threshold = KEEP_ALL
+
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        return self.theta, self.log_sigma2
+
+    def posterior_name(self, module_name: str) -> str:
+        return self.name or module_name
+
+    def values(self, batch: int) -> Tensor:
+        """[batch, size] while training, a draw for each example and channel; [1, size] masked theta in eval."""
+        if not self.training:
+            return self.masked_theta()[None]
+        sigma = (0.5 * self.log_sigma2).exp()
+        return self.theta + sigma * torch.randn(
+            batch, self.theta.shape[0], dtype=sigma.dtype, device=sigma.device
+        )
+
+
+class InputGate(nn.Module):
+    """Multiplies a layer's input by the gates of the channels it reads.
+
+    Gates are shared by all readers of their channels; each reader makes a draw of its own.
+
+    Args:
+        gates: the gates whose channels the layer reads, in the order that `index` counts them.
+        index: [in_features] integer; position in the concatenation of the gates' channels, or
+            the total number of channels for an input that has no gate. [factors, in_features]
+            where an input has several gates, say its channel's and its own: they multiply.
+        dim: the input's channel dimension (1 for convolutions, -1 for Linear).
+    """
+
+    index: Tensor
+
+    def __init__(self, gates: Sequence[ChannelGate], index: Tensor, dim: int) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(gates)
+        self.dim = dim
+        self.register_buffer("index", index, persistent=False)
+
+    def values(self, batch: int) -> Tensor:
+        """[batch or 1, in_features]: what each input feature is multiplied by."""
+        drawn = [gate.values(batch) for gate in self.gates if isinstance(gate, ChannelGate)]
+        ungated = drawn[0].new_ones(drawn[0].shape[0], 1)
+        values = torch.cat([*drawn, ungated], dim=1)[:, self.index]
+        return values.prod(1) if self.index.dim() == 2 else values
+
+    def forward(self, input: Tensor) -> Tensor:
+        values = self.values(input.shape[0]).to(input.dtype)
+        shape = [1] * input.dim()
+        shape[0], shape[self.dim] = values.shape
+        return input * values.view(shape)
+
+    def gate_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Forward pre-hook of the reader. A bound method: a deep copy of the network gets its own."""
+        return (self(args[0]), *args[1:])
+
+
+def attach_gate_(layer: nn.Module, gate: InputGate) -> None:
+    """Put the gate in front of the layer, in place."""
+    layer.input_gate = gate
+    layer.register_forward_pre_hook(gate.gate_input)
+
+
+def detach_gate_(layer: nn.Module) -> InputGate:
+    """Undo `attach_gate_`, in place, and return the gate that stood there."""
+    gate = layer.input_gate
+    assert isinstance(gate, InputGate)
+    hooks = layer._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is gate]:
+        del hooks[key]
+    del layer.input_gate
+    return gate

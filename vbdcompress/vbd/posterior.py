@@ -1,0 +1,113 @@
+"""The factorised Gaussian posterior q(w) = N(theta, sigma^2) of a tensor of weights or gates."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+# theta^2 below this counts as this: keeps log and its gradient finite at theta = 0, and is
+# far below any sigma^2 that is learned (log_sigma2 of -10 is 4.5e-5).
+THETA2_MIN = 1e-16
+# Variance below this counts as this: sqrt has an infinite slope at 0.
+VARIANCE_MIN = 1e-16
+KEEP_ALL = float("inf")
+
+
+def log_alpha_of(theta: Tensor, log_sigma2: Tensor) -> Tensor:
+    """log(sigma^2 / theta^2), at least in float32 whatever autocast says.
+
+    Args:
+        theta, log_sigma2: any shape, the same.
+    Returns:
+        same shape; finite for every finite input, theta = 0 included.
+    """
+    precise = torch.promote_types(theta.dtype, torch.float32)
+    return log_sigma2.to(precise) - theta.to(precise).square().clamp_min(THETA2_MIN).log()
+
+
+def std_of(variance: Tensor) -> Tensor:
+    """Square root whose slope is finite at 0. Clamped: a Winograd convolution of squares can dip below 0."""
+    return variance.clamp_min(VARIANCE_MIN).sqrt()
+
+
+def sample(theta: Tensor, log_sigma2: Tensor) -> Tensor:
+    """One draw from N(theta, sigma^2), differentiable in both; shape and dtype of theta."""
+    sigma = (0.5 * log_sigma2).exp().to(theta.dtype)
+    return theta + sigma * torch.randn_like(theta)
+
+
+class HasPosterior:
+    """What a module with a posterior shows: its parameters and the threshold that eval mode masks by.
+
+    `threshold` is a plain attribute: in eval mode whatever has log_alpha >= threshold counts as 0.
+    """
+
+    kind = "weight"
+    threshold: float
+
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        """theta and log_sigma2, the same shape."""
+        raise TypeError(f"{type(self).__name__} does not say what its posterior is")
+
+    def posterior_name(self, module_name: str) -> str:
+        """What the posterior is called in reports, given the dotted name of this module."""
+        return f"{module_name}.weight".lstrip(".")
+
+    def masked_theta(self) -> Tensor:
+        """theta where log_alpha < threshold, 0 elsewhere."""
+        theta, log_sigma2 = self.posterior()
+        if self.threshold == KEEP_ALL:
+            return theta
+        keep = log_alpha_of(theta, log_sigma2) < self.threshold
+        return torch.where(keep, theta, torch.zeros_like(theta))
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The posterior of one tensor in a network.
+
+    Attributes:
+        name: dotted name of the tensor in the plain network ("features.0.weight"), or of the gate.
+        kind: "weight" or "gate".
+        holder: the module that owns it.
+        theta, log_sigma2: parameters, the same shape.
+    """
+
+    name: str
+    kind: str
+    holder: HasPosterior
+    theta: Tensor
+    log_sigma2: Tensor
+
+    def log_alpha(self) -> Tensor:
+        """log(sigma^2 / theta^2), the shape of theta."""
+        return log_alpha_of(self.theta, self.log_sigma2)
+
+
+def find_posteriors(model: nn.Module) -> tuple[Posterior, ...]:
+    """Every posterior in the network, each once however often its module is used."""
+    return tuple(_walk(model))
+
+
+def _walk(model: nn.Module) -> Iterator[Posterior]:
+    for name, module in model.named_modules():
+        if isinstance(module, ParametrizationList):
+            # "encoder.parametrizations.in_proj_weight" -> "encoder.in_proj_weight"
+            plain = ".".join(part for part in name.split(".") if part != "parametrizations")
+            for parametrization in module:
+                if isinstance(parametrization, HasPosterior):
+                    yield Posterior(plain, "weight", parametrization, *parametrization.posterior())
+        elif isinstance(module, HasPosterior) and not _is_parametrization(name):
+            yield Posterior(module.posterior_name(name), module.kind, module, *module.posterior())
+
+
+def _is_parametrization(name: str) -> bool:
+    return "parametrizations" in name.split(".")
+
+
+def set_threshold_(model: nn.Module, threshold: float) -> None:
+    """Let eval mode mask everything with log_alpha >= threshold; inf masks nothing."""
+    for posterior in find_posteriors(model):
+        posterior.holder.threshold = threshold

@@ -1,0 +1,65 @@
+"""A posterior on any parameter, by sampling the weight itself.
+
+For parameters whose layer does not compute one linear map that could be drawn at its output:
+attention projections, LSTM and GRU weights, embeddings, bare nn.Parameters.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior, sample
+
+
+class SampledWeight(HasPosterior, nn.Module):
+    """Parametrization w ~ N(theta, sigma^2): a draw for each forward pass while training.
+
+    theta is the parametrized tensor's `original`. One draw serves the whole batch, so gradients
+    are noisier than with the local reparameterisation of `vbd.layers`.
+    """
+
+    def __init__(self, theta: Tensor, log_sigma2: float) -> None:
+        super().__init__()
+        self.log_sigma2 = nn.Parameter(theta.detach().new_full(theta.shape, log_sigma2))
+        self.threshold = KEEP_ALL
+        # In a tuple: a second reference, not a second registration of the same parameter.
+        self._theta = (theta,)
+
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        return self._theta[0], self.log_sigma2
+
+    def forward(self, theta: Tensor) -> Tensor:
+        if self.training:
+            return sample(theta, self.log_sigma2)
+        return self.masked_theta()
+
+
+def attach_sampled_(module: nn.Module, name: str, log_sigma2: float) -> None:
+    """Give the parameter `name` of `module` a sampled posterior, in place."""
+    theta = getattr(module, name)
+    # unsafe: skips a trial call whose random draw could never equal the original
+    parametrize.register_parametrization(module, name, SampledWeight(theta, log_sigma2), unsafe=True)
+    if isinstance(module, nn.RNNBase):
+        module.register_forward_pre_hook(_refresh_flat_weights)
+
+
+def detach_sampled_(module: nn.Module, name: str) -> None:
+    """Undo `attach_sampled_`, in place; the parameter is theta where kept, 0 elsewhere."""
+    parametrization = module.parametrizations[name][0]  # type: ignore[index]
+    kept = parametrization.masked_theta().detach().clone()
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    with torch.no_grad():
+        getattr(module, name).copy_(kept)
+    if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _refresh_flat_weights]:
+            del hooks[key]
+        _refresh_flat_weights(module)
+
+
+def _refresh_flat_weights(module: nn.Module, _: Any = None) -> None:
+    """torch's recurrent layers cache a list of their weights; a parametrized one must be read anew."""
+    names: list[str] = module._flat_weights_names  # type: ignore[assignment]
+    module._flat_weights = [getattr(module, name) for name in names]
