@@ -3,11 +3,12 @@
 import re
 import tomllib
 from collections.abc import Mapping
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vbdcompress.errors import ConfigError
 
@@ -17,81 +18,91 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
 class FitConfig(BaseModel):
-    """How the posterior is fitted. The same fields train a plain network (`vbdcompress train`).
+    """How the posterior is fitted. The same fields train a plain network (`vbdcompress train`)."""
 
-    Attributes:
-        prior: "vbd" (the paper's hierarchical prior) or "vd" (log-uniform).
-        epochs: passes over the training set.
-        lr: Adam's rate for theta and every ordinary parameter; falls by `schedule`.
-        lr_log_sigma2: for the log variances of weights.
-        lr_gates: for theta and log variance of channel gates.
-        schedule: of all three rates, over the epochs.
-        beta: weight of the KL after the warm-up; 1 is the ELBO, more is a tempered ELBO.
-        warmup_epochs: beta rises linearly from 0 over these; at most half of `epochs` is used.
-        clip_norm: largest norm of the gradient; None clips nothing.
-        seed: of shuffling, noise and the split.
-        device: "auto", "cpu", "cuda", "mps".
-        devices: processes on this machine, one device each; None takes what torchrun started, or 1.
-        precision: of the forward pass.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prior: Prior = "vbd"
-    epochs: int = Field(100, ge=0)
-    lr: float = Field(1e-3, gt=0)
-    lr_log_sigma2: float = Field(3e-3, gt=0)
-    lr_gates: float = Field(3e-2, gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    beta: float = Field(1.0, ge=0)
-    warmup_epochs: int = Field(5, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
-    seed: int = Field(0, ge=0)
-    device: str = "auto"
-    devices: int | None = Field(None, ge=1)
-    precision: Precision = "32-true"
+    prior: Prior = Field("vbd", description="Prior: the paper's hierarchical one, or log-uniform (vd).")
+    epochs: int = Field(100, ge=0, description="Passes over the training set.")
+    lr: float = Field(2e-3, gt=0, description="Adam's rate for weights (theta).")
+    lr_log_sigma2: float = Field(3e-3, gt=0, description="Adam's rate for log variances of weights.")
+    lr_gates: float = Field(3e-2, gt=0, description="Adam's rate for channel gates.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How all rates fall over the epochs."
+    )
+    beta: float = Field(
+        1.0, ge=0, description="Weight of the KL; 1 is the ELBO, more is a tempered ELBO that removes more."
+    )
+    warmup_epochs: int = Field(
+        10, ge=0, description="Epochs over which beta rises from 0; at most half of all."
+    )
+    clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of shuffling and noise.")
+    device: str = Field("auto", description="auto, cpu, cuda or mps.")
+    devices: int | None = Field(
+        None,
+        ge=1,
+        description="Processes on this machine, one device each; torchrun's own where it started them.",
+    )
+    precision: Precision = Field("32-true", description="Of the forward pass while fitting.")
 
 
 def parse_limit(text: str | int, total: int) -> int:
     """A limit as an absolute number or as a share of the original: "10%" of total."""
     share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(text))
-    return int(float(share[1]) / 100 * total) if share else int(text)
+    # Decimal: as floats 29 % of 100 are 28.999...
+    return int(Decimal(share[1]) * total / 100) if share else int(text)
 
 
 class RunConfig(FitConfig):
-    """Everything that `vbdcompress run` and `compress` can be told.
+    """Everything that `vbdcompress run` and `compress` can be told."""
 
-    Attributes:
-        mode: "weights", "channels", or "both": channels, then weights of what is left.
-        threshold: remove where log_alpha >= threshold; None takes the mode's default, unless a
-            budget chooses the point on the curve.
-        max_error_increase: points of validation error above the original's.
-        max_params, max_macs, max_bytes: absolute, or a share of the original such as "10%".
-            Parameters count where they are not zero; bytes are the ONNX file's.
-        log_sigma2: initial log variance; None takes the mode's default.
-        batch_size: of named data sets, over all processes.
-        finetune_epochs: of ordinary training of the slim network; zeros stay zero.
-        lr_finetune: Adam's rate there, falling linearly to 0.
-        skip: names of layers to leave whole; "features.3" covers all below it.
-        prune_inputs: also remove input features and single flattened features of Linear layers.
-        augment: "auto" is crop and flip for CIFAR and SVHN's crop, none for the rest.
-        validation_fraction: of the training data, held out by `seed` unless the file says.
-    """
+    mode: Mode = Field(
+        "weights", description="What is removed: single weights, channels, or channels then weights."
+    )
+    threshold: float | None = Field(
+        None,
+        description="Remove where log_alpha >= this; without it the mode's default, or a budget chooses.",
+    )
+    max_error_increase: float | None = Field(
+        None, ge=0, description="Budget: points of validation error above the original's."
+    )
+    max_params: int | str | None = Field(
+        None, description="Budget: parameters that are not zero, a number or a share such as 10%."
+    )
+    max_macs: int | str | None = Field(None, description="Budget: multiply-accumulates, a number or a share.")
+    max_bytes: int | str | None = Field(
+        None, description="Budget: bytes of the ONNX file, a number or a share."
+    )
+    log_sigma2: float | None = Field(
+        None, description="Initial log variance; without it -10 for weights, -4 for channels."
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Examples in a step, over all processes; without it a 25th of the set, at most 200.",
+    )
+    finetune_epochs: int = Field(
+        10, ge=0, description="Last epochs of ordinary training of the slim network; zeros stay zero."
+    )
+    lr_finetune: float = Field(5e-4, gt=0, description="Adam's rate there, falling linearly to 0.")
+    skip: tuple[str, ...] = Field((), description="Layer to leave whole, with all below it; may be repeated.")
+    prune_inputs: bool = Field(
+        False, description="Also remove input features and single flattened features of Linear layers."
+    )
+    augment: Literal["auto", "none", "crop", "crop-flip"] = Field(
+        "auto", description="Of training images; auto is crop-flip for CIFAR, none else."
+    )
+    validation_fraction: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Of the training data, held out; a file that names its split overrides it.",
+    )
 
-    mode: Mode = "weights"
-    threshold: float | None = None
-    max_error_increase: float | None = Field(None, ge=0)
-    max_params: int | str | None = None
-    max_macs: int | str | None = None
-    max_bytes: int | str | None = None
-    log_sigma2: float | None = None
-    batch_size: int = Field(100, ge=1)
-    finetune_epochs: int = Field(10, ge=0)
-    lr_finetune: float = Field(5e-4, gt=0)
-    skip: tuple[str, ...] = ()
-    prune_inputs: bool = False
-    augment: Literal["auto", "none", "crop", "crop-flip"] = "auto"
-    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    def examples_a_step(self, num_data: int) -> int:
+        """The batch size; a small set gets small ones: the fit needs steps more than exact gradients."""
+        return self.batch_size or min(200, max(1, num_data // 25))
 
     @property
     def limits(self) -> dict[str, int | str]:
@@ -108,10 +119,15 @@ class RunConfig(FitConfig):
     def _one_rule(self) -> Self:
         if self.threshold is not None and self.has_budget:
             raise ValueError("a threshold and a budget both say how much to remove; give one of them")
-        for value in self.limits.values():
-            if not re.fullmatch(r"\d+(\.\d+)?\s*%|\d+", str(value)):
-                raise ValueError(f"limit {value!r} is neither a whole number nor a share such as '10%'")
         return self
+
+    @field_validator("max_params", "max_macs", "max_bytes", mode="before")
+    @classmethod
+    def _is_limit(cls, value: Any) -> Any:
+        whole = isinstance(value, int | str) and not isinstance(value, bool)
+        if value is None or (whole and re.fullmatch(r"\d+(\.\d+)?\s*%|\d+", str(value))):
+            return value
+        raise ValueError("is neither a whole number nor a share such as '10%'")
 
 
 def make_config(values: Mapping[str, Any], where: str = "configuration") -> RunConfig:
@@ -123,7 +139,7 @@ def make_config(values: Mapping[str, Any], where: str = "configuration") -> RunC
 
 
 def _sentence(item: Any) -> str:
-    name = ".".join(str(part) for part in item["loc"])
+    name = str(item["loc"][0]) if item["loc"] else ""
     if item["type"] == "extra_forbidden":
         near = get_close_matches(name, RunConfig.model_fields, n=1)
         return f"option '{name}' is unknown" + (f"; did you mean '{near[0]}'?" if near else "")

@@ -187,7 +187,9 @@ def _leave_skipped(groups: Sequence[ChannelGroup], skip: Sequence[str]) -> Itera
 
 def _convert_channels_(model: nn.Module, scan: GroupScan, log_sigma2: float) -> Iterator[LayerRow]:
     device = device_of(model)
-    gates = {group.name: ChannelGate(group.size, log_sigma2, group.name).to(device) for group in scan.removable}
+    gates = {
+        group.name: ChannelGate(group.size, log_sigma2, group.name).to(device) for group in scan.removable
+    }
     reads: dict[str, list[ChannelGroup]] = {}
     for group in scan.groups:
         for member in group.readers:
@@ -225,7 +227,8 @@ def _input_gate(
     width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
     assert isinstance(width, int)
     ungated = sum(group.size for group in groups)
-    factors, offset = [], 0
+    factors: list[Tensor] = []
+    offset = 0
     for group in groups:
         # Channel groups cover different inputs of a layer; its feature group covers them all again.
         if group.is_features or not factors:

@@ -94,11 +94,11 @@ class _Hooks:
             handle.remove()
 
 
-class _OpNames(TorchDispatchMode):
+class _OpNames(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects operations that do arithmetic but have no FLOP formula in torch."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,5 +122,15 @@ def uncounted_ops(model: nn.Module, example: Tensor) -> tuple[str, ...]:
 
 _DATA_MOVES = {
     f"aten.{name}"
-    for name in ("cat", "clone", "copy_", "_to_copy", "empty", "index_select", "constant_pad_nd", "zeros", "ones")
+    for name in (
+        "cat",
+        "clone",
+        "copy_",
+        "_to_copy",
+        "empty",
+        "index_select",
+        "constant_pad_nd",
+        "zeros",
+        "ones",
+    )
 }

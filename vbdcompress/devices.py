@@ -44,6 +44,8 @@ def start_fabric(config: FitConfig) -> Fabric:
             raise FitError("device", f"'{config.device}' x {devices} can't be used: {error}") from error
     if fabric.world_size != devices * nodes:
         raise FitError(
-            "processes", f"{devices * nodes} were asked for, {fabric.world_size} are running.", "Check torchrun's flags."
+            "processes",
+            f"{devices * nodes} were asked for, {fabric.world_size} are running.",
+            "Check torchrun's flags.",
         )
     return fabric

@@ -23,14 +23,20 @@ def top1_error(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(1) != target).float()
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors in a batch (bare, or in tuples, lists and dicts) on the device."""
+def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Tensors in a batch (bare, or in tuples, lists and dicts) on the device.
+
+    Args:
+        dtype: of floating point tensors; None leaves them as they are.
+    """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: to_device(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its items one by one
+        return type(value)(*(to_device(item, device, dtype) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(to_device(item, device, dtype) for item in value)
     return value
 
 

@@ -1,6 +1,7 @@
 """Every write is to a temporary name beside the target and then renamed: a killed run leaves no half file."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,18 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_tensors(path: Path) -> Any:
-    """torch.load that runs no code from the file. Raises LoadError where the file is damaged."""
+    """torch.load that runs no code from the file.
+
+    Raises:
+        LoadError: the file is damaged, or none of torch's.
+        pickle.UnpicklingError: it names a class or function to call, and was not read further.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):
+            raise
+        # torch's own message recommends weights_only=False: not for a damaged file
+        raise LoadError(f"file '{path}'", "can't be read: it is damaged, or no file of torch's.") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise LoadError(f"file '{path}'", f"can't be read, it may be cut short: {error}") from error

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, count_examples
+from vbdcompress.data.loaders import check_repeatable
 from vbdcompress.devices import start_fabric
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
@@ -23,10 +25,14 @@ from vbdcompress.vbd.elbo import ELBO, beta_at
 from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, set_threshold_
 
 CHECKPOINT_SECONDS = 20.0
+START_ANEW = "Resume with the same network and options, or start anew with --overwrite."
 
 
 class Listener(Protocol):
     """Is told how the fit goes on; only in the main process."""
+
+    def on_start(self, title: str, epochs: int) -> None:
+        """Before the first epoch of a fit; one run may have several."""
 
     def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
         """After a step: both counted from 1; examples in it over all processes."""
@@ -37,7 +43,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class FitResult:
-    """The fitted network (the same object, trained in place), its log, and whether this is the main process."""
+    """The fitted network (the same object, trained in place), its log; whether this is the main process."""
 
     model: nn.Module
     epochs: tuple[EpochRow, ...]
@@ -84,22 +90,32 @@ def fit(
         listener: told of steps and epochs.
     Raises:
         FitError: the loss turned NaN or infinite, or a checkpoint is of another fit.
-        DataError: the loader is empty.
+        DataError: the loader is empty, or gives its batches only once.
     """
     config = config or FitConfig()
     fabric = start_fabric(config)
-    total = num_data or count_examples(loader)
-    elbo = ELBO(model, loss, total, config.prior)
-    optimizer = _make_optimizer(model, config)
-    step_module, step_optimizer = fabric.setup(elbo, optimizer)
-    run = _Run(fabric, config, step_module, step_optimizer, _place(loader, fabric), keep_zeros)
+    for batches in (loader, validation):
+        check_repeatable(batches)
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
-        rows = _restore(checkpoint, elbo, optimizer, config)
+        total = num_data or count_examples(loader)
+        elbo = ELBO(model, loss, total, config.prior)
+        optimizer = _make_optimizer(model, config)
+        dtype = next(model.parameters()).dtype
+        step_module, step_optimizer = fabric.setup(elbo, optimizer)
+        placed = _place(loader, fabric)
+        run = _Run(fabric, config, step_module, step_optimizer, placed, keep_zeros=keep_zeros)
+        state = _State(fabric, config, elbo, optimizer)
+        rows = state.restore(checkpoint)
+        if listener is not None and fabric.is_global_zero:
+            listener.on_start(_title(model, len(rows)), config.epochs)
         saved = time.monotonic()
         for epoch in range(len(rows), config.epochs):
             nll, kl, seconds = run.epoch(epoch, listener)
+            _check_finite(epoch, nll, kl, model, has_checkpoint=checkpoint is not None and bool(rows))
             set_threshold_(model, threshold)
-            error = None if validation is None else measure_error(model, validation, metric)
+            error = None
+            if validation is not None:
+                error = measure_error(model, _cast(validation, config), metric)
             row = EpochRow(
                 epoch + 1,
                 nll,
@@ -112,13 +128,13 @@ def fit(
                 total / seconds,
             )
             rows.append(row)
-            if listener is not None and fabric.is_global_zero:
-                listener.on_epoch(row, config.epochs)
             last = epoch + 1 == config.epochs
             if checkpoint and (last or time.monotonic() - saved >= checkpoint.every_seconds):
-                _save(checkpoint, fabric, elbo, optimizer, config, rows)
+                state.save(checkpoint, rows)
                 saved = time.monotonic()
-    model.eval()
+            if listener is not None and fabric.is_global_zero:
+                listener.on_epoch(row, config.epochs)
+    model.to(dtype).eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero)
 
 
@@ -126,7 +142,14 @@ class _Run:
     """What stays the same over the epochs of one fit."""
 
     def __init__(
-        self, fabric: Fabric, config: FitConfig, module: Any, optimizer: Any, batches: Any, keep_zeros: bool
+        self,
+        fabric: Fabric,
+        config: FitConfig,
+        module: Any,
+        optimizer: Any,
+        batches: Any,
+        *,
+        keep_zeros: bool,
     ) -> None:
         self.fabric, self.config = fabric, config
         self.module, self.optimizer, self.batches = module, optimizer, batches
@@ -146,15 +169,13 @@ class _Run:
         fabric, config = self.fabric, self.config
         # Of (seed, epoch, rank) alone, so that a resumed fit draws what an unbroken one would
         torch.manual_seed((config.seed * 1_000_003 + epoch) * 4096 + fabric.global_rank)
-        sampler = getattr(self.batches, "sampler", self.batches)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        _set_epoch(self.batches, epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * self.rate(epoch)
         beta = torch.tensor(beta_at(epoch, config.beta, self.warmup), device=fabric.device)
         sums = torch.zeros(2, device=fabric.device)
         self.module.train()
-        steps = len(self.batches) if hasattr(self.batches, "__len__") else None
+        steps = _count_steps(self.batches)
         count, started = 0, time.perf_counter()
         for inputs, target in self.batches:
             sums += self.step(to_device(inputs, fabric.device), to_device(target, fabric.device), beta)
@@ -167,12 +188,6 @@ class _Run:
         if fabric.world_size > 1:
             mean = fabric.all_reduce(mean, reduce_op="mean")  # type: ignore[assignment]
         nll, kl = mean.tolist()
-        if not (math.isfinite(nll) and math.isfinite(kl)):
-            raise FitError(
-                f"fit: epoch {epoch + 1}",
-                f"the loss is not finite (NLL {nll:g}, KL {kl:g}); the last good checkpoint is kept.",
-                "Lower --lr, set --clip-norm 1, or look for NaN in the data.",
-            )
         return nll, kl, time.perf_counter() - started
 
     def step(self, inputs: Any, target: Any, beta: Tensor) -> Tensor:
@@ -180,7 +195,9 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         try:
             terms = self.module(inputs, target, beta)
-        except IndexError as error:  # torch's cross entropy on the CPU: a label without a logit
+        except IndexError as error:
+            if not str(error).startswith("Target"):  # torch's cross entropy on the CPU: no logit for a label
+                raise
             raise FitError("fit", f"the loss refused a batch: {error}", "Labels count from 0.") from error
         self.fabric.backward(terms.objective)
         if self.config.clip_norm is not None:
@@ -192,6 +209,42 @@ class _Run:
             for weight, kept in self.kept:
                 weight.mul_(kept)
         return torch.stack((terms.nll.detach(), terms.kl.detach()))
+
+
+def _set_epoch(batches: Any, epoch: int) -> None:
+    """Tell whatever decides the order of the examples which epoch it is."""
+    parts = (batches.sampler, batches.batch_sampler) if isinstance(batches, DataLoader) else (batches,)
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def _count_steps(batches: Any) -> int | None:
+    """Batches in an epoch; None where that is not known. A DataLoader always has a __len__ that may raise."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
+
+
+def _check_finite(epoch: int, nll: float, kl: float, model: nn.Module, *, has_checkpoint: bool) -> None:
+    """The last step's gradient may spoil the parameters after its loss was still finite."""
+    finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
+    if math.isfinite(nll) and math.isfinite(kl) and bool(finite):
+        return
+    what = f"the loss or the parameters are not finite (NLL {nll:g}, KL {kl:g})"
+    raise FitError(
+        f"fit: epoch {epoch + 1}",
+        what + ("; the last good checkpoint is kept." if has_checkpoint else "."),
+        "Lower --lr, set --clip-norm 1, or look for NaN in the data.",
+    )
+
+
+def _cast(batches: Iterable[Any], config: FitConfig) -> Iterator[Any]:
+    """In double precision the network takes double inputs; Fabric sees to it in training only."""
+    dtype = torch.float64 if config.precision == "64-true" else None
+    for inputs, target in batches:
+        yield to_device(inputs, torch.device("cpu"), dtype) if dtype else inputs, target
 
 
 def _make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
@@ -210,7 +263,10 @@ def _make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimize
         raise FitError("fit", "the network has no parameter that can be trained.")
     rates = {"weights": config.lr, "log_sigma2": config.lr_log_sigma2, "gates": config.lr_gates}
     groups = [{"params": tensors, "lr": rates[role]} for role, tensors in roles.items() if tensors]
-    fusable = all(tensor.device.type in ("cpu", "cuda") for tensor in model.parameters())
+    # a fused step unscales float16's gradients itself, too late to clip them
+    clips_scaled = config.precision == "16-mixed" and config.clip_norm is not None
+    on_known = all(tensor.device.type in ("cpu", "cuda") for tensor in model.parameters())
+    fusable = on_known and not clips_scaled
     return torch.optim.Adam(groups, fused=fusable)
 
 
@@ -220,15 +276,24 @@ def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
         if loader.batch_size < fabric.world_size:
             raise FitError("fit", f"a batch of {loader.batch_size} can't be shared by {fabric.world_size}.")
         return loader.on(fabric.device, fabric.global_rank, fabric.world_size)
+    if fabric.world_size == 1:
+        return loader
     if isinstance(loader, DataLoader):
-        return fabric.setup_dataloaders(loader)
-    if fabric.world_size > 1:
-        raise FitError(
-            "fit",
-            f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",
-            "Use a torch DataLoader.",
-        )
-    return loader
+        # Unwrapped: Fabric's wrapper calls set_epoch with a count that is 0 again in a resumed fit
+        return fabric.setup_dataloaders(loader, move_to_device=False)._dataloader  # type: ignore[union-attr]
+    raise FitError(
+        "fit",
+        f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",
+        "Use a torch DataLoader.",
+    )
+
+
+def _title(model: nn.Module, done: int) -> str:
+    posteriors = find_posteriors(model)
+    count = sum(posterior.theta.numel() for posterior in posteriors)
+    what = "weights" if any(posterior.kind == "weight" for posterior in posteriors) else "channel gates"
+    title = f"Fitting the posterior of {count:,} {what}" if posteriors else "Training"
+    return f"{title}, going on after epoch {done}" if done else title
 
 
 def _sparsity(model: nn.Module, threshold: float) -> float | None:
@@ -249,43 +314,50 @@ def _fingerprint(config: FitConfig) -> dict[str, Any]:
     }
 
 
-def _save(
-    checkpoint: FitCheckpoint,
-    fabric: Fabric,
-    elbo: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: FitConfig,
-    rows: list[EpochRow],
-) -> None:
-    if fabric.is_global_zero:
-        content = {
-            "config": _fingerprint(config),
-            "rows": [asdict(row) for row in rows],
-            "model": elbo.state_dict(),
-            "optimizer": optimizer.state_dict(),
+class _State:
+    """All that a fit needs to go on: what a checkpoint keeps."""
+
+    def __init__(
+        self, fabric: Fabric, config: FitConfig, elbo: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.fabric, self.config, self.elbo, self.optimizer = fabric, config, elbo, optimizer
+
+    def save(self, checkpoint: FitCheckpoint, rows: list[EpochRow]) -> None:
+        """Write the state after the epochs of `rows`, from the main process."""
+        if self.fabric.is_global_zero:
+            content = {
+                "config": _fingerprint(self.config),
+                "rows": [asdict(row) for row in rows],
+                "model": self.elbo.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.fabric.strategy.precision.state_dict(),  # of float16's gradients
+            }
+            save_tensors(checkpoint.path, content)
+
+    def restore(self, checkpoint: FitCheckpoint | None) -> list[EpochRow]:
+        """The rows of the epochs that are done; network and optimizer are as they were after them."""
+        if checkpoint is None or not checkpoint.resume or not checkpoint.path.exists():
+            return []
+        where = f"checkpoint '{checkpoint.path}'"
+        try:
+            content = load_tensors(checkpoint.path)
+            self._check_config(where, content["config"])
+            self.elbo.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if content["scaler"]:
+                self.fabric.strategy.precision.load_state_dict(content["scaler"])
+            return [EpochRow(**row) for row in content["rows"]]
+        except (KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise FitError(where, "is no checkpoint of a fit.", START_ANEW) from error
+        except (RuntimeError, ValueError) as error:
+            raise FitError(where, f"is of another network: {error}", START_ANEW) from error
+
+    def _check_config(self, where: str, saved: dict[str, Any]) -> None:
+        differing = {
+            name: (saved.get(name), value)
+            for name, value in _fingerprint(self.config).items()
+            if saved.get(name) != value
         }
-        save_tensors(checkpoint.path, content)
-
-
-def _restore(
-    checkpoint: FitCheckpoint | None, elbo: nn.Module, optimizer: torch.optim.Optimizer, config: FitConfig
-) -> list[EpochRow]:
-    """The rows of the epochs that are done; network and optimizer are as they were after them."""
-    if checkpoint is None or not checkpoint.resume or not checkpoint.path.exists():
-        return []
-    content = load_tensors(checkpoint.path)
-    differing = {
-        name: (content["config"].get(name), value)
-        for name, value in _fingerprint(config).items()
-        if content["config"].get(name) != value
-    }
-    if differing:
-        changes = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in differing.items())
-        raise FitError(
-            f"checkpoint '{checkpoint.path}'",
-            f"is of another fit: {changes}.",
-            "Resume with the same options, or start anew with --overwrite.",
-        )
-    elbo.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    return [EpochRow(**row) for row in content["rows"]]
+        if differing:
+            changes = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in differing.items())
+            raise FitError(where, f"is of another fit: {changes}.", START_ANEW)

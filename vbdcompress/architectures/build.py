@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,7 +83,10 @@ def _torchvision_builder(member: str) -> Callable[..., nn.Module]:
             f"architecture 'torchvision:{member}'",
             "is not among torchvision's models" + (f"; near: {', '.join(near)}." if near else "."),
         )
-    return lambda **arguments: models.get_model(member, weights=None, **arguments)
+    fixed: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(member)).parameters:
+        fixed["weights_backbone"] = None  # its default is a download
+    return lambda **arguments: models.get_model(member, **fixed, **arguments)
 
 
 def _timm_builder(member: str) -> Callable[..., nn.Module]:
@@ -102,14 +107,17 @@ def _user_builder(source: str, member: str) -> Callable[..., nn.Module]:
     where = f"architecture '{source}:{member}'"
     try:
         if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            # a name of its own: a user's "random.py" must not stand in for another module
+            name = f"vbdcompress_user_{Path(source).stem}"
+            spec = importlib.util.spec_from_file_location(name, source)
             if spec is None or spec.loader is None or not Path(source).is_file():
                 raise LoadError(where, f"there is no file '{source}'.")
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses in it look their module up
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-    except ImportError as error:
+    except (ImportError, SyntaxError, ValueError) as error:
         raise LoadError(where, f"could not be imported: {error}") from error
     builder = getattr(module, member, None)
     if not callable(builder):

@@ -1,5 +1,7 @@
 """The networks of the paper's tables 4 and 5, and a small one for 8x8 digits."""
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,8 +15,7 @@ class FullyConnected(nn.Module):
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairs)
+        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
 
     def forward(self, input: Tensor) -> Tensor:
         """[batch, ...] with widths[0] features in all -> logits [batch, widths[-1]]."""

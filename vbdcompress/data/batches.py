@@ -23,7 +23,8 @@ class TensorBatches:
     Args:
         inputs: [n, ...] normalised, float.
         labels: [n] integer.
-        batch_size: over all processes; the last batch may be smaller unless shuffled.
+        batch_size: over all processes; the last batch may be smaller unless shuffled. One smaller
+            than the number of processes is left out, for an empty share has no mean loss.
         shuffle: draw a new order for each epoch from (seed, epoch), and leave out a last
             partial batch, which another epoch's order will cover.
         augment: "crop" shifts each image by up to 4 pixels, "crop-flip" also mirrors half of them.
@@ -44,7 +45,7 @@ class TensorBatches:
         world_size: int = 1,
     ) -> None:
         self.inputs, self.labels = inputs, labels
-        self.batch_size = min(batch_size, len(labels))
+        self.batch_size = max(1, min(batch_size, len(labels)))
         self.shuffle, self.augment, self.seed = shuffle, augment, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -73,7 +74,7 @@ class TensorBatches:
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_examples, self.batch_size)
-        return full if self.shuffle or rest == 0 else full + 1
+        return full if self.shuffle or rest < self.world_size else full + 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.labels.device
@@ -84,30 +85,39 @@ class TensorBatches:
         for batch in range(len(self)):
             start = batch * self.batch_size
             size = min(self.batch_size, self.num_examples - start)
-            share = slice(
-                start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size
-            )
-            chosen = share if order is None else order[share]
+            share = slice(size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size)
+            where = slice(start + share.start, start + share.stop)
+            chosen = where if order is None else order[where]
             inputs = self.inputs[chosen]
             if self.augment != "none":
-                inputs = _augment_images(inputs, self.augment, generator)
+                # drawn for the whole batch, so that no two processes repeat each other's draws
+                shifts = torch.randint(
+                    0, 2 * CROP_PADDING + 1, (2, size, 1), generator=generator, device=device
+                )
+                mirrored = torch.rand(size, 1, generator=generator, device=device) < 0.5
+                inputs = _augment_images(
+                    inputs, shifts[:, share], mirrored[share] if self.augment == "crop-flip" else None
+                )
             yield inputs, self.labels[chosen]
 
 
-def _augment_images(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Each image [n, c, h, w] shifted, and perhaps mirrored, by a draw of its own, in one gather.
+def _augment_images(images: Tensor, shifts: Tensor, mirrored: Tensor | None) -> Tensor:
+    """Each image shifted, and perhaps mirrored, by a draw of its own, in one gather.
 
     torchvision.transforms.v2 draws once for a whole batch of tensors, which is a weaker
     augmentation, and a call for each image costs more than the network.
+
+    Args:
+        images: [n, c, h, w].
+        shifts: [2, n, 1] pixels from the top and the left of the padded image.
+        mirrored: [n, 1] bool; None mirrors no image.
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, (CROP_PADDING,) * 4)
-    draw = {"generator": generator, "device": images.device}
-    top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, count, 1), **draw)
+    top, left = shifts
     rows = top + torch.arange(height, device=images.device)
     columns = left + torch.arange(width, device=images.device)
-    if augment == "crop-flip":
-        mirrored = torch.rand(count, 1, **draw) < 0.5
+    if mirrored is not None:
         columns = torch.where(mirrored, columns.flip(1), columns)
     batch = torch.arange(count, device=images.device)[:, None, None, None]
     channel = torch.arange(channels, device=images.device)[None, :, None, None]

@@ -1,6 +1,7 @@
 """A named data set, normalised and split: what the command line trains and measures on."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from vbdcompress.data.batches import Augment, TensorBatches
 from vbdcompress.data.sources import RawImages, read_source
 from vbdcompress.errors import DataError
 from vbdcompress.records import InputSpec
+
+MEASURED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,18 @@ def load_data(
     raw = read_source(name, root, image_size)
     parts = {"training": raw.train} | ({"test": raw.test} if raw.test else {})
     if validation_path is not None:
-        parts["validation"] = read_source(validation_path, root, image_size).train
+        parts["validation"] = _read_validation(validation_path, root, image_size, raw.classes)
+    shape = tuple(raw.train.images.shape[1:])
     for part, images in parts.items():
-        _check_images(f"data set '{name}', {part} part", images, len(raw.classes))
-    spec = normalisation if normalisation and normalisation.mean else _measure(raw.train)
-    if len(spec.mean) != raw.train.images.shape[1]:
+        _check_images(f"data set '{name}', {part} part", images, len(raw.classes), shape)
+    if normalisation and normalisation.mean:
+        spec = replace(normalisation, shape=shape)
+    else:
+        spec = _measure(raw.train)
+    if len(spec.mean) != shape[0]:
         raise DataError(
             f"data set '{name}'",
-            f"images have {raw.train.images.shape[1]} channels, the network was trained with {len(spec.mean)}.",
+            f"images have {shape[0]} channels, the network was trained with {len(spec.mean)}.",
         )
     train = _normalise(raw.train, spec)
     if validation_path is not None:
@@ -109,9 +116,22 @@ def load_data(
     return DataSet(name, spec, raw.classes, train, validation, test)
 
 
-def _check_images(where: str, raw: RawImages, classes: int) -> None:
+def _read_validation(
+    path: str, root: Path | None, image_size: int | None, classes: tuple[str, ...]
+) -> RawImages:
+    held = read_source(path, root, image_size)
+    # Labels are positions among the classes: the same class must stand at the same one
+    if held.classes != classes[: len(held.classes)]:
+        raise DataError(f"validation set '{path}'", f"has classes {held.classes}, training has {classes}.")
+    return held.train
+
+
+def _check_images(where: str, raw: RawImages, classes: int, shape: tuple[int, ...]) -> None:
     if len(raw.labels) == 0:
         raise DataError(where, "is empty.")
+    found = tuple(raw.images.shape[1:])
+    if found != shape:
+        raise DataError(where, f"images are {found}, the training part's are {shape}.")
     if raw.images.is_floating_point() and not bool(raw.images.isfinite().all()):
         bad = int((~raw.images.isfinite().flatten(1).all(1)).sum())
         raise DataError(where, f"{bad} of {len(raw.images)} images hold NaN or infinity.")
@@ -122,16 +142,29 @@ def _check_images(where: str, raw: RawImages, classes: int) -> None:
 
 def _measure(raw: RawImages) -> InputSpec:
     shape = tuple(raw.images.shape[1:])
-    pixels = raw.images.transpose(0, 1).flatten(1).double() / raw.scale
-    mean, std = pixels.mean(1), pixels.std(1).clamp_min(1e-6)
+    count = raw.images.numel() / shape[0]
+
+    def mean_of(values: Callable[[Tensor], Tensor]) -> Tensor:
+        # in parts: all pixels in float64 at once are eight times the images
+        parts = [
+            values(images.transpose(0, 1).flatten(1).double() / raw.scale).sum(1)
+            for images in torch.split(raw.images, MEASURED_AT_ONCE)
+        ]
+        return torch.stack(parts).sum(0) / count
+
+    mean = mean_of(lambda pixels: pixels)
+    std = mean_of(lambda pixels: (pixels - mean[:, None]).square()).sqrt()
+    # a channel that is the same everywhere is only shifted
     rounded = [tuple(round(value, 4) for value in values.tolist()) for values in (mean, std)]
-    return InputSpec(shape, rounded[0], rounded[1])
+    return InputSpec(shape, rounded[0], tuple(value or 1.0 for value in rounded[1]))
 
 
 def _normalise(raw: RawImages, spec: InputSpec) -> Examples:
     mean = torch.tensor(spec.mean)[:, None, None]
     std = torch.tensor(spec.std)[:, None, None]
-    return Examples((raw.images.float() / raw.scale - mean) / std, raw.labels)
+    # in place, on a copy: large sets fill the memory
+    inputs = raw.images.to(torch.float32, copy=True)
+    return Examples(inputs.div_(raw.scale).sub_(mean).div_(std), raw.labels)
 
 
 def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:

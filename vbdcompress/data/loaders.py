@@ -1,21 +1,39 @@
 """The user's own loader: any iterable that yields (input, label) batches, once an epoch."""
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from vbdcompress.data.batches import TensorBatches
 from vbdcompress.errors import DataError
+
+
+def check_repeatable(loader: Iterable[Any] | None) -> None:
+    """Raise DataError where the loader is an iterator, which gives its batches only once."""
+    if isinstance(loader, Iterator):
+        raise DataError(
+            "loader",
+            f"is a {type(loader).__name__}, which gives its batches only once; every epoch needs them.",
+            "Pass a list of batches, a DataLoader, or an object whose __iter__ starts anew.",
+        )
 
 
 def count_examples(loader: Iterable[Any]) -> int:
     """Examples in one epoch of a loader: from its sampler where it says, else by one pass.
 
     Raises:
-        DataError: the loader is empty.
+        DataError: the loader is empty, or an iterator, which to count would use up.
     """
+    check_repeatable(loader)
     if isinstance(loader, TensorBatches):
         count = loader.num_examples
     elif isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size:
@@ -27,18 +45,17 @@ def count_examples(loader: Iterable[Any]) -> int:
     return count
 
 
-def split_loader(
-    loader: Iterable[Any], fraction: float, seed: int
-) -> tuple[Iterable[Any], Iterable[Any]]:
-    """A training and a validation loader from one, by a seeded split of its data set.
+def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
+    """A training and a validation loader from one, by a seeded split of its examples.
 
     Args:
-        loader: a DataLoader over a data set with a length, or TensorBatches.
+        loader: TensorBatches, or a DataLoader over an indexed data set that takes each example
+            once an epoch: all of it in order or shuffled, or the subset of a SubsetRandomSampler.
     Raises:
         DataError: any other iterable can't be split.
     """
     if isinstance(loader, TensorBatches):
-        train, held = _split_indices(loader.num_examples, fraction, seed)
+        train, held = _split_indices(range(loader.num_examples), fraction, seed)
         shuffled = TensorBatches(
             loader.inputs[train],
             loader.labels[train],
@@ -48,26 +65,48 @@ def split_loader(
             seed=loader.seed,
         )
         return shuffled, TensorBatches(loader.inputs[held], loader.labels[held], loader.batch_size)
-    if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized) and loader.batch_size:
-        train, held = _split_indices(len(loader.dataset), fraction, seed)
-        shuffle = isinstance(loader.sampler, RandomSampler)
-        return _reload(loader, train, shuffle), _reload(loader, held, False)
+    indices = _indices_of(loader) if isinstance(loader, DataLoader) else None
+    if isinstance(loader, DataLoader) and indices is not None:
+        train, held = _split_indices(indices, fraction, seed)
+        shuffle = not isinstance(loader.sampler, SequentialSampler)
+        return _reload(loader, train, shuffle, loader.drop_last), _reload(loader, held, False, False)
     raise DataError(
         "loader",
-        f"is a {type(loader).__name__}, from which no validation data can be split off.",
+        f"is a {_describe(loader)}, from which no validation data can be split off.",
         "Pass your own: compress(model, loader, validation=validation_loader)",
     )
 
 
-def _split_indices(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def _describe(loader: Iterable[Any]) -> str:
+    if isinstance(loader, DataLoader):
+        return f"DataLoader of {type(loader.dataset).__name__} with {type(loader.sampler).__name__}"
+    return type(loader).__name__
+
+
+def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
+    """The examples that the loader takes once each in every epoch; None where that can't be said."""
+    sampler, dataset = loader.sampler, loader.dataset
+    if loader.batch_size is None or isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        return None
+    if type(sampler) is SequentialSampler:
+        return range(len(dataset))
+    if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(dataset):
+        return range(len(dataset))
+    # What the sampler leaves out may be the user's own test data
+    return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
+
+
+def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    count = len(indices)
     held_out = max(1, round(fraction * count))
     if held_out >= count:
         raise DataError("loader", f"has {count} examples: too few to hold some out for validation.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    places = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = [int(indices[place]) for place in places]
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def _reload(loader: DataLoader[Any], indices: list[int], shuffle: bool) -> DataLoader[Any]:
+def _reload(loader: DataLoader[Any], indices: list[int], shuffle: bool, drop_last: bool) -> DataLoader[Any]:
     return DataLoader(
         Subset(loader.dataset, indices),
         batch_size=loader.batch_size,
@@ -75,5 +114,11 @@ def _reload(loader: DataLoader[Any], indices: list[int], shuffle: bool) -> DataL
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last and shuffle,
+        drop_last=drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
     )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -59,7 +61,7 @@ def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
     if path.is_dir():
         return _read_folder(path, image_size)
     known = ["digits", *TORCHVISION_SETS]
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name.lower(), known, n=1)
     raise DataError(
         f"data set '{name}'",
         "is neither a known name, a folder of class folders nor an .npz file"
@@ -142,9 +144,9 @@ def _channels_first(images: Tensor) -> Tensor:
 def _read_npz(path: Path) -> RawSet:
     where = f"data set '{path}'"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, ZlibError, NotImplementedError) as error:
         raise DataError(where, f"can't be read as .npz: {error}") from error
     if not {"images", "labels"} <= set(arrays):
         raise DataError(
@@ -153,7 +155,10 @@ def _read_npz(path: Path) -> RawSet:
             "'test_images' and 'test_labels' may stand beside them.",
         )
     test = None
-    if {"test_images", "test_labels"} <= set(arrays):
+    test_keys = {"test_images", "test_labels"} & set(arrays)
+    if len(test_keys) == 1:
+        raise DataError(where, f"holds {sorted(test_keys)}, needs both 'test_images' and 'test_labels'.")
+    if test_keys:
         test = _npz_part(where, arrays["test_images"], arrays["test_labels"])
     train = _npz_part(where, arrays["images"], arrays["labels"])
     count = int(train.labels.max()) + 1 if len(train.labels) else 0
@@ -162,12 +167,14 @@ def _read_npz(path: Path) -> RawSet:
 
 
 def _npz_part(where: str, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> RawImages:
-    if images.ndim not in (3, 4) or len(images) != len(labels) or labels.ndim != 1:
+    if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
         raise DataError(
             where,
             f"images have shape {images.shape} and labels {labels.shape}; allowed are "
             "[n, h, w], [n, h, w, c] or [n, c, h, w] beside [n].",
         )
+    if images.ndim == 4 and not {images.shape[1], images.shape[3]} & {1, 3, 4}:
+        raise DataError(where, f"images have shape {images.shape}; allowed are 1, 3 or 4 channels.")
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(where, f"labels are {labels.dtype}, must be integers.")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
@@ -181,6 +188,8 @@ def _read_folder(path: Path, image_size: int | None) -> RawSet:
     """ROOT/train/CLASS/image and ROOT/test (or val), or just ROOT/CLASS/image with no test part."""
     parts = [part for part in ("test", "val") if (path / part).is_dir()]
     if not (path / "train").is_dir():
+        if parts:
+            raise DataError(f"data set '{path}'", f"has a folder '{parts[0]}' but no 'train'.")
         train, classes = _read_image_folder(path, image_size)
         return RawSet(train, None, classes)
     train, classes = _read_image_folder(path / "train", image_size)
@@ -212,7 +221,9 @@ def _read_image_folder(path: Path, image_size: int | None) -> tuple[RawImages, t
         images = torch.stack([folder[item][0].as_subclass(Tensor) for item in range(len(folder))])
     except (OSError, RuntimeError) as error:
         raise DataError(
-            where, f"can't be read as a folder of class folders: {error}", "Images of one size: --image-size N"
+            where,
+            f"can't be read as a folder of class folders: {error}",
+            "Images of one size: --image-size N",
         ) from error
     labels = torch.tensor(folder.targets, dtype=torch.int64)
     return RawImages(images, labels, 255.0), tuple(folder.classes)

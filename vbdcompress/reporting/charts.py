@@ -4,14 +4,15 @@ Each goes from the report's plain JSON to an inline <svg>, "" where there is not
 """
 
 from collections.abc import Mapping, Sequence
-from math import log10
+from math import inf, log10
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 
-from vbdcompress.reporting.formatting import divide_sizes, format_percent, format_ratio, format_short
-from vbdcompress.reporting.svg import (
+from vbdcompress.reporting.axes import (
     BEFORE,
     BLUE,
     INK,
@@ -20,11 +21,17 @@ from vbdcompress.reporting.svg import (
     add_legend,
     chart_style,
     choose_log_ticks,
-    join_boxes,
     make_axes,
-    render_svg,
     shorten_name,
 )
+from vbdcompress.reporting.formatting import (
+    divide_sizes,
+    format_percent,
+    format_ratio,
+    format_short,
+    format_threshold,
+)
+from vbdcompress.reporting.svg import render_svg
 
 MAX_BARS = 60
 SIZE_NAMES = {
@@ -42,9 +49,10 @@ def choose_curve_field(selection: Mapping[str, Any]) -> str:
 
 
 def find_chosen(curve: Sequence[Mapping[str, Any]], selection: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The curve's point at the chosen threshold; None where it was not measured."""
-    matches = [point for point in curve if point["threshold"] == selection["threshold"]]
-    return matches[0] if matches else None
+    """The curve's point at the chosen threshold, else the nearest measured one that removes less."""
+    chosen = _as_number(selection["threshold"])
+    above = [point for point in curve if _as_number(point["threshold"]) >= chosen]
+    return min(above, key=lambda point: _as_number(point["threshold"]), default=None)
 
 
 def cut_error_axis(curve: Sequence[Mapping[str, Any]], selection: Mapping[str, Any]) -> float:
@@ -65,8 +73,6 @@ def draw_curve(stage: Mapping[str, Any], original: Mapping[str, Any], key: str) 
         key: unique in the page.
     """
     curve, selection = stage["curve"], stage["selection"]
-    if not curve:
-        return ""
     field = choose_curve_field(selection)
     # nothing left has no place on a logarithmic axis
     points = sorted((p for p in curve if p["size"][field] > 0), key=lambda p: p["size"][field])
@@ -74,7 +80,7 @@ def draw_curve(stage: Mapping[str, Any], original: Mapping[str, Any], key: str) 
         return ""
     chosen, baseline = find_chosen(points, selection), selection["baseline_error"]
     with chart_style():
-        figure, axes = make_axes(300, left=48, bottom=56, top=34)
+        figure, axes = make_axes(292, left=40, bottom=58, top=26)
         if baseline is not None:
             axes.axhline(baseline, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             axes.plot([original[field]], [baseline], "D", color=MUTED, markersize=6, label="original")
@@ -88,24 +94,16 @@ def draw_curve(stage: Mapping[str, Any], original: Mapping[str, Any], key: str) 
             label="by threshold",
         )
         if chosen is not None:
-            label = f"chosen ({_name_threshold(chosen['threshold'])})"
+            label = _name_chosen(chosen["threshold"], selection["threshold"])
             x, y = chosen["size"][field], chosen["error"]
             axes.plot([x], [y], "o", color=ORANGE, markersize=10, label=label)
-        _mark_limits(axes, selection, field)
+        if (bound := (selection["limits"] or {}).get(field)) is not None:
+            axes.axvline(bound, color=ORANGE, linewidth=1, linestyle=(0, (1, 2)))
         _scale_curve(axes, points, original[field], field)
-        axes.set_ylim(0, 1.06 * max(cut_error_axis(points, selection), 0.1))
+        axes.set_ylim(0, 1.06 * max(cut_error_axis(curve, selection), 0.1))
         axes.set_ylabel("validation error, %")
         add_legend(axes)
         return render_svg(figure, key, "Error against size", _describe_curve(points, chosen, field))
-
-
-def _mark_limits(axes: Axes, selection: Mapping[str, Any], field: str) -> None:
-    limits = selection["limits"] or {}
-    rise, size = limits.get("max_error_increase"), limits.get(field)
-    if rise is not None and selection["baseline_error"] is not None:
-        axes.axhline(selection["baseline_error"] + rise, color=ORANGE, linewidth=1, linestyle=(0, (1, 2)))
-    if isinstance(size, int | float):
-        axes.axvline(size, color=ORANGE, linewidth=1, linestyle=(0, (1, 2)))
 
 
 def _scale_curve(axes: Axes, points: Sequence[Mapping[str, Any]], original: float, field: str) -> None:
@@ -115,10 +113,14 @@ def _scale_curve(axes: Axes, points: Sequence[Mapping[str, Any]], original: floa
     axes.set_xscale("log")
     axes.set_xlim(low / margin, high * margin)
     ticks = choose_log_ticks(low / margin, high * margin)
-    labels = [f"{format_short(tick)}\n{format_ratio(divide_sizes(original, tick))}" for tick in ticks]
-    axes.set_xticks(ticks, labels)
+    axes.set_xticks(ticks, [format_short(tick) for tick in ticks])
+    place: Any = {"textcoords": "offset points", "ha": "center", "va": "baseline", "color": MUTED}
+    for tick in ticks:
+        # a second text, not a second line: matplotlib centres lines by its own font's widths
+        ratio = format_ratio(divide_sizes(original, tick))
+        axes.annotate(ratio, (tick, 0), xycoords=("data", "axes fraction"), xytext=(0, -26), **place)
     axes.set_xticks([], minor=True)
-    axes.set_xlabel(f"{SIZE_NAMES[field]}; how many times fewer")
+    axes.set_xlabel(f"{SIZE_NAMES[field]}; how many times fewer", labelpad=18)
 
 
 def _describe_curve(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, field: str) -> str:
@@ -132,8 +134,14 @@ def _describe_curve(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, An
     return text
 
 
-def _name_threshold(threshold: float | None) -> str:
-    return "nothing removed" if threshold is None else f"threshold {threshold:g}"
+def _name_chosen(measured: float | None, chosen: float | None) -> str:
+    name = "nothing removed" if chosen is None else f"threshold {format_threshold(chosen)}"
+    return f"chosen ({name}" + (")" if measured == chosen else f"; drawn at {format_threshold(measured)})")
+
+
+def _as_number(threshold: float | None) -> float:
+    """JSON has no infinity: null is the threshold that removes nothing."""
+    return inf if threshold is None else threshold
 
 
 def choose_bars(layers: Sequence[Mapping[str, Any]], field: str) -> list[Mapping[str, Any]]:
@@ -162,8 +170,8 @@ def draw_bars(layers: Sequence[Mapping[str, Any]], field: str, key: str) -> str:
     with chart_style():
         step = 19
         names = [shorten_name(layer["name"]) for layer in shown]
-        margin = 16 + 6.3 * max(len(name) for name in names)
-        figure, axes = make_axes(step * len(shown) + 74, left=margin, bottom=40, top=34, right=48)
+        margin = 14 + 5.6 * max(len(name) for name in names)
+        figure, axes = make_axes(step * len(shown) + 66, left=margin, bottom=40, top=26, right=44)
         axes.set_xscale("log")
         axes.set_xlim(left, 1.05 * max(before))
         axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -184,7 +192,16 @@ def draw_bars(layers: Sequence[Mapping[str, Any]], field: str, key: str) -> str:
         return render_svg(figure, key, f"{SIZE_NAMES[field]} by layer".capitalize(), description)
 
 
+def _join_boxes(boxes: Sequence[tuple[float, float, float, float]]) -> Path:
+    """All boxes (left, bottom, right, top) as one path: one element in the page, not one for each."""
+    vertices = [
+        corner for x0, y0, x1, y1 in boxes for corner in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))
+    ]
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(boxes)
+    return Path(np.array(vertices, dtype=float).reshape(-1, 2), codes)
+
+
 def _make_bars(values: Sequence[float], left: float, thickness: float, **style: Any) -> PathPatch:
     half = thickness / 2
     boxes = [(left, row - half, value, row + half) for row, value in enumerate(values) if value > 0]
-    return PathPatch(join_boxes(boxes), linewidth=0, **style)
+    return PathPatch(_join_boxes(boxes), linewidth=0, **style)

@@ -9,11 +9,9 @@ from math import nan
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.patches import PathPatch
 from matplotlib.ticker import MaxNLocator
 
-from vbdcompress.reporting.formatting import TIMES, format_percent, format_short
-from vbdcompress.reporting.svg import (
+from vbdcompress.reporting.axes import (
     BEFORE,
     BLUE,
     FAINT,
@@ -23,12 +21,13 @@ from vbdcompress.reporting.svg import (
     add_legend,
     chart_style,
     choose_log_ticks,
-    join_boxes,
     make_axes,
-    render_svg,
 )
+from vbdcompress.reporting.formatting import TIMES, format_percent, format_short
+from vbdcompress.reporting.svg import render_svg
 
-MAX_HISTOGRAMS = 24
+MAX_HISTOGRAMS = 16
+HEADROOM = 1.15  # above the curves, for the stages' names
 
 
 def choose_histograms(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -61,7 +60,8 @@ def draw_histogram(
         is_removed = [(low + high) / 2 >= limit for low, high in pairwise(edges)]
         for color, wanted in ((BLUE, False), (BEFORE, True)):
             heights = [n if gone is wanted else 0 for n, gone in zip(counts, is_removed, strict=True)]
-            axes.add_patch(_make_columns(edges, heights, color))
+            # 0.1 stands for none: below the axis, which a logarithm of 0 is not
+            axes.stairs([n or 0.1 for n in heights], edges, baseline=0.1, fill=True, color=color, linewidth=0)
         if threshold is not None:
             axes.axvline(threshold, color=ORANGE, linewidth=1.4)
         axes.set_xticks(*_histogram_ticks(edges))
@@ -72,12 +72,6 @@ def draw_histogram(
         axes.tick_params(labelsize=10, pad=3)
         description = f"log_alpha of {name}: {sum(counts):,} values from {edges[0]:g} to {edges[-1]:g}."
         return render_svg(figure, key, f"log_alpha of {name}", description)
-
-
-def _make_columns(edges: Sequence[float], counts: Sequence[int], color: str) -> PathPatch:
-    columns = zip(pairwise(edges), counts, strict=True)
-    boxes = [(low, 0.1, high, count) for (low, high), count in columns if count]
-    return PathPatch(join_boxes(boxes), facecolor=color, linewidth=0)
 
 
 def _histogram_ticks(edges: Sequence[float]) -> tuple[list[float], list[str]]:
@@ -106,24 +100,20 @@ def draw_objective(segments: Segments, key: str) -> str:
     positive = [value for _, values in series.values() for value in values if value > 0]
     is_log = bool(positive) and max(positive) > 30 * min(positive)
     with chart_style():
-        figure, axes = make_axes(260, left=56, bottom=44, top=34)
+        figure, axes = make_axes(250, left=46, bottom=42, top=26)
         for name, (color, values) in series.items():
             # a logarithmic axis has no zero: beta is 0 in a warm-up's first epoch, KL in fine-tuning
             shown = [value if value > 0 or not is_log else nan for value in values]
-            axes.plot(range(1, len(rows) + 1), shown, _marker(rows), color=color, linewidth=1.8, label=name)
+            _plot_epochs(axes, segments, shown, color=color, label=name)
         if is_log:
-            axes.set_yscale("log")
-            low, high = min(positive) / 1.3, max(positive) * 1.3
-            ticks = choose_log_ticks(low, high)
-            axes.set_ylim(low, high)
-            axes.set_yticks(ticks, [format_short(tick) for tick in ticks])
-            axes.set_yticks([], minor=True)
+            _scale_log(axes, min(positive), max(positive))
         else:
-            axes.set_ylim(bottom=min(0.0, *(row["nll"] for row in rows)))
+            axes.set_ylim(
+                1.05 * min(0.0, *(row["nll"] for row in rows)), HEADROOM * max(positive, default=1.0)
+            )
         axes.set_ylabel("nats for each example")
         _finish_epochs(axes, segments)
-        last = rows[-1]
-        description = f"NLL and beta times KL over {len(rows)} epochs; last NLL {last['nll']:.3g} nats."
+        description = f"NLL and beta times KL over {len(rows)} epochs; last NLL {rows[-1]['nll']:.3g} nats."
         return render_svg(figure, key, "Training objective", description)
 
 
@@ -141,13 +131,11 @@ def draw_error(segments: Segments, baseline: float | None, key: str) -> str:
     if not known:
         return ""
     with chart_style():
-        figure, axes = make_axes(260, left=56, bottom=44, top=34)
+        figure, axes = make_axes(250, left=46, bottom=42, top=26)
         if baseline is not None:
             axes.axhline(baseline, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="original")
-        axes.plot(
-            range(1, len(rows) + 1), errors, _marker(rows), color=GREEN, linewidth=1.8, label="in training"
-        )
-        axes.set_ylim(0, 1.06 * max(known[-1], baseline or 0.0, 0.1))
+        _plot_epochs(axes, segments, errors, color=GREEN, label="in training")
+        axes.set_ylim(0, HEADROOM * max(known[-1], baseline or 0.0, 0.1))
         axes.set_ylabel("validation error, %")
         _finish_epochs(axes, segments)
         description = f"Validation error over {len(rows)} epochs, from {format_percent(errors[0])} to " + (
@@ -156,9 +144,24 @@ def draw_error(segments: Segments, baseline: float | None, key: str) -> str:
         return render_svg(figure, key, "Validation error", description)
 
 
-def _marker(rows: Sequence[Any]) -> str:
-    """A line through one epoch can't be seen."""
-    return "-o" if len(rows) < 3 else "-"
+def _plot_epochs(axes: Axes, segments: Segments, values: Sequence[float], *, color: str, label: str) -> None:
+    """One line for each stage, not joined: between two stages the network changes."""
+    start = 0
+    for place, (_, part) in enumerate(segments):
+        end = start + len(part)
+        # a line through one epoch can't be seen
+        form = "-o" if len(part) < 3 else "-"
+        name = label if place == 0 else None
+        axes.plot(range(start + 1, end + 1), values[start:end], form, color=color, linewidth=1.8, label=name)
+        start = end
+
+
+def _scale_log(axes: Axes, low: float, high: float) -> None:
+    axes.set_yscale("log")
+    axes.set_ylim(low / 1.3, high * (high / low) ** 0.15)
+    ticks = choose_log_ticks(low / 1.3, high * 1.3)
+    axes.set_yticks(ticks, [format_short(tick) for tick in ticks])
+    axes.set_yticks([], minor=True)
 
 
 def _finish_epochs(axes: Axes, segments: Segments) -> None:
@@ -168,12 +171,18 @@ def _finish_epochs(axes: Axes, segments: Segments) -> None:
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     add_legend(axes)
+    if len(segments) > 1:
+        _name_segments(axes, segments, total)
+
+
+def _name_segments(axes: Axes, segments: Segments, total: int) -> None:
+    place: Any = {"transform": axes.get_xaxis_transform(), "va": "top", "fontsize": 10}
     start = 0.5
-    for name, part in segments:
-        if not part or len(segments) == 1:
-            continue
-        if start > 1:
-            axes.axvline(start, color=FAINT, linewidth=1)
-        place = {"transform": axes.get_xaxis_transform(), "va": "top", "fontsize": 10}
-        axes.text(start + 0.01 * total, 0.985, name, **place)
+    for number, (name, part) in enumerate(segments):
+        if number:
+            axes.axvline(start, ymax=0.91, color=FAINT, linewidth=1)
+        if number == len(segments) - 1 and len(part) < 0.2 * total:
+            axes.text(total + 0.5, 0.995, name, ha="right", **place)  # too short to hold its name
+        else:
+            axes.text(start + 0.01 * total, 0.995, name, **place)
         start += len(part)

@@ -76,6 +76,11 @@ def format_difference(value: float | None) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
+def format_threshold(threshold: float | None) -> str:
+    """-1.5 -> '−1.5', with a minus sign as long as a plus; None -> 'none'."""
+    return "none" if threshold is None else f"{threshold:g}".replace("-", "\N{MINUS SIGN}")
+
+
 def format_seconds(value: float | None) -> str:
     """A duration: 71.3 -> '1 min 11 s', 5000 -> '1 h 23 min', 3.21 -> '3.2 s'; None -> '–'."""
     if value is None:

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from vbdcompress.gather import GatherLinear
+
 Index = npt.NDArray[np.int64]
 NOT_HERE = -1
 # What tracing somebody's network through torch-pruning is known to raise; each becomes a reason.
@@ -229,8 +231,10 @@ def _couple(collected: list[_Pairs], size: int) -> Index:
 
 
 def _role_of(pairs: _Pairs) -> tuple[str | None, str | None]:
-    """The member's role in its group, or None for an operation without parameters; and what keeps it whole."""
+    """The member's role in its group (None: no parameters of its own), and what keeps the group whole."""
     module = pairs.module
+    if isinstance(module, GatherLinear) and not pairs.writes:
+        return None, "its reader picks single features of it by a gather"
     if _is_mixing(module):
         return ("writers" if pairs.writes else "readers"), None
     if _is_per_channel(module):
@@ -264,7 +268,9 @@ def _feature_groups(graph: Any, groups: tuple[ChannelGroup, ...]) -> Iterator[Ch
     }
     for module, node in graph.module2node.items():
         name = graph._module2name.get(module)
-        if isinstance(module, nn.Linear) and (name in flattened or _reads_network_input(node)):
+        if not isinstance(module, nn.Linear):
+            continue
+        if isinstance(module, GatherLinear) or name in flattened or _reads_network_input(node):
             member = Member(name, np.arange(module.in_features))
             yield ChannelGroup(f"{name} (inputs)", module.in_features, (), (member,))
 

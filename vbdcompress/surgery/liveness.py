@@ -56,12 +56,20 @@ def _layer(model: nn.Module, member: Member) -> nn.Linear | _ConvNd:
 
 def _by_input(layer: nn.Linear | _ConvNd) -> Tensor:
     """[inputs, everything else] view of a mixing layer's weight."""
-    return layer.weight.flatten(1) if isinstance(layer, _ConvTransposeNd) else layer.weight.transpose(0, 1).flatten(1)
+    return (
+        layer.weight.flatten(1)
+        if isinstance(layer, _ConvTransposeNd)
+        else layer.weight.transpose(0, 1).flatten(1)
+    )
 
 
 def _by_output(layer: nn.Linear | _ConvNd) -> Tensor:
     """[outputs, everything else] view of a mixing layer's weight."""
-    return layer.weight.transpose(0, 1).flatten(1) if isinstance(layer, _ConvTransposeNd) else layer.weight.flatten(1)
+    return (
+        layer.weight.transpose(0, 1).flatten(1)
+        if isinstance(layer, _ConvTransposeNd)
+        else layer.weight.flatten(1)
+    )
 
 
 def _channels_with_all_zero(group: ChannelGroup, zero_at: list[tuple[Member, Tensor]]) -> Index:

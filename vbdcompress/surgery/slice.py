@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.errors import SlimError
+from vbdcompress.gather import GatherLinear
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,16 @@ class RemovalPlan:
     def from_json(cls, content: Mapping[str, Mapping[str, Any]]) -> "RemovalPlan":
         """Inverse of `to_json`. Raises SlimError where it is not such a plan."""
         try:
-            return cls(
-                {
-                    name: LayerCut(
-                        **{key: tuple(v) if isinstance(v, list) else v for key, v in cut.items()}
-                    )
-                    for name, cut in content.items()
-                }
-            )
+            return cls({name: _read_cut(cut) for name, cut in content.items()})
         except (TypeError, AttributeError) as error:
             raise SlimError("removal plan", f"is malformed: {error}") from error
 
 
-class GatherLinear(nn.Linear):
-    """nn.Linear that first picks features from its input: [..., width] -> [..., in_features]."""
-
-    input_index: Tensor
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.index_select(-1, self.input_index))
+def _read_cut(content: Mapping[str, Any]) -> LayerCut:
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+    }
+    return LayerCut(**values)
 
 
 def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
@@ -97,8 +89,8 @@ def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
         for name in ("weight", "bias", "running_mean", "running_var"):
             _select_(layer, name, 0, cut.outputs)
         if cut.outputs is not None:
-            width = "num_parameters" if isinstance(layer, nn.PReLU) else "num_features"
-            setattr(layer, width, len(cut.outputs))
+            field = "num_parameters" if isinstance(layer, nn.PReLU) else "num_features"
+            setattr(layer, field, len(cut.outputs))
     else:
         raise SlimError("slim", f"does not know how to cut a {type(layer).__name__}.")
     if cut.new_bias and getattr(layer, "bias", None) is None:
@@ -113,7 +105,9 @@ def _cut_linear_(layer: nn.Linear, cut: LayerCut) -> None:
     _select_(layer, "bias", 0, cut.outputs)
     _select_(layer, "weight", 1, cut.inputs)
     layer.out_features, layer.in_features = layer.weight.shape
-    if cut.gather is not None:
+    if isinstance(layer, GatherLinear):  # cut once before: it picks fewer of what it picked
+        _select_(layer, "input_index", 0, cut.inputs)
+    elif cut.gather is not None:
         layer.__class__ = GatherLinear
         layer.register_buffer("input_index", torch.tensor(cut.gather, device=layer.weight.device))
 

@@ -1,4 +1,4 @@
-"""Groups that are known to be exact: each is cut on a trial copy, and one that changes the output stays whole."""
+"""Groups known to be exact: each is cut on a trial copy, and one that changes the output stays whole."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -120,7 +120,7 @@ def flatten_output(output: Any) -> list[Tensor]:
 
 
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Largest difference over all outputs, relative to the largest expected value; inf where shapes differ."""
+    """Largest difference over all outputs, relative to the largest expected; inf where shapes differ."""
     shapes = [tuple(tensor.shape) for tensor in expected]
     if not shapes or shapes != [tuple(tensor.shape) for tensor in found]:
         return float("inf")

@@ -25,7 +25,9 @@ def check_skip(model: nn.Module, skip: Sequence[str]) -> None:
     for entry in skip:
         if entry not in names or not entry:
             raise ConvertError(
-                "skip", f"no layer is named '{entry}'.", f"Layers: {', '.join(name for name in names if name)}"
+                "skip",
+                f"no layer is named '{entry}'.",
+                f"Layers: {', '.join(name for name in names if name)}",
             )
 
 

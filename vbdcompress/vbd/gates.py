@@ -38,7 +38,7 @@ class ChannelGate(HasPosterior, nn.Module):
         return self.name or module_name
 
     def values(self, batch: int) -> Tensor:
-        """[batch, size] while training, a draw for each example and channel; [1, size] masked theta in eval."""
+        """[batch, size] while training, drawn for each example and channel; in eval [1, size], masked."""
         if not self.training:
             return self.masked_theta()[None]
         sigma = (0.5 * self.log_sigma2).exp()
@@ -76,7 +76,8 @@ class InputGate(nn.Module):
         return values.prod(1) if self.index.dim() == 2 else values
 
     def forward(self, input: Tensor) -> Tensor:
-        values = self.values(input.shape[0]).to(input.dtype)
+        # a Linear's input may be one example without a batch: [in_features]
+        values = self.values(input.shape[0] if input.dim() > 1 else 1).to(input.dtype)
         shape = [1] * input.dim()
         shape[0], shape[self.dim] = values.shape
         return input * values.view(shape)

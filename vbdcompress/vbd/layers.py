@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress.gather import GatherLinear
 from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior, std_of
 
 
@@ -26,39 +27,53 @@ class WeightPosterior(HasPosterior, nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor or None; torch declares it differently in each layer
     log_sigma2: nn.Parameter
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.log_sigma2
 
-    def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def linear_map(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """The plain layer's function with the given weight and bias. What a subclass must say."""
         raise TypeError(f"{type(self).__name__} does not define linear_map")
 
-    def moments(self, input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def moments(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mean and variance of the output over q(w); both the output's shape."""
-        mean = self.linear_map(input, self.weight, self.bias, *args)
+        mean = self.linear_map(input, self.weight, self.bias, *args, **kwargs)
         sigma2 = self.log_sigma2.exp().to(self.weight.dtype)
-        return mean, self.linear_map(input.square(), sigma2, None, *args)
+        if mean.dtype == torch.float16:
+            # The square of an input above 255 overflows float16, and a variance below 6e-8 is 0 there
+            with torch.autocast(input.device.type, enabled=False):
+                squares = input.float().square()
+                return mean, self.linear_map(squares, sigma2.float(), None, *args, **kwargs)
+        return mean, self.linear_map(input.square(), sigma2, None, *args, **kwargs)
 
-    def forward(self, input: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.training:
-            return self.linear_map(input, self.masked_theta(), self.bias, *args)
-        mean, variance = self.moments(input, *args)
-        std = std_of(variance)
+            return self.linear_map(input, self.masked_theta(), self.bias, *args, **kwargs)
+        mean, variance = self.moments(input, *args, **kwargs)
+        std = std_of(variance).to(mean.dtype)
         return torch.addcmul(mean, std, torch.randn_like(std))
 
 
 class VBDLinear(WeightPosterior, nn.Linear):
     """nn.Linear with a posterior on its weights."""
 
-    def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 
 
+class VBDGatherLinear(WeightPosterior, GatherLinear):
+    """GatherLinear with a posterior on its weights."""
+
+    def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input.index_select(-1, self.input_index), weight, bias)
+
+
 class _ConvPosterior(WeightPosterior):
-    def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # torch's own method: padding modes, groups, strides and dilation as in the plain layer
         output: Tensor = self._conv_forward(input, weight, bias)  # type: ignore[operator]
         return output
@@ -80,11 +95,12 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 
 
 class _ConvTransposePosterior(WeightPosterior):
-    def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def linear_map(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
+    ) -> Tensor:
         dims = len(self.kernel_size)  # type: ignore[arg-type]
-        size = args[0] if args else None
         padding = self._output_padding(  # type: ignore[operator]
-            input, size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
         transpose: Any = _CONV_TRANSPOSE[dims]
         output: Tensor = transpose(
@@ -107,6 +123,7 @@ class VBDConvTranspose3d(_ConvTransposePosterior, nn.ConvTranspose3d):
 
 VBD_LAYERS: dict[type[nn.Module], type[WeightPosterior]] = {
     nn.Linear: VBDLinear,
+    GatherLinear: VBDGatherLinear,
     nn.Conv1d: VBDConv1d,
     nn.Conv2d: VBDConv2d,
     nn.Conv3d: VBDConv3d,
@@ -116,7 +133,7 @@ VBD_LAYERS: dict[type[nn.Module], type[WeightPosterior]] = {
 }
 """Exact type of a plain layer -> its weight-mode class. A subclass may compute something else: not taken."""
 
-_PLAIN = {vbd: plain for plain, vbd in VBD_LAYERS.items()}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {vbd: plain for plain, vbd in VBD_LAYERS.items()}
 
 
 def attach_posterior_(layer: nn.Module, log_sigma2: float) -> None:
@@ -140,4 +157,4 @@ def detach_posterior_(layer: nn.Module) -> None:
     kept = layer.masked_theta().detach()
     layer.weight.data.copy_(kept)
     del layer.log_sigma2, layer.threshold
-    layer.__class__ = _PLAIN[type(layer)]
+    layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-# theta^2 below this counts as this: keeps log and its gradient finite at theta = 0, and is
-# far below any sigma^2 that is learned (log_sigma2 of -10 is 4.5e-5).
-THETA2_MIN = 1e-16
+# |theta| below this counts as this: keeps log and its gradient finite at theta = 0, and its
+# square is far below any sigma^2 that is learned (log_sigma2 of -10 is 4.5e-5).
+THETA_MIN = 1e-8
 # Variance below this counts as this: sqrt has an infinite slope at 0.
 VARIANCE_MIN = 1e-16
 KEEP_ALL = float("inf")
@@ -24,7 +24,8 @@ def log_alpha_of(theta: Tensor, log_sigma2: Tensor) -> Tensor:
         same shape; finite for every finite input, theta = 0 included.
     """
     precise = torch.promote_types(theta.dtype, torch.float32)
-    return log_sigma2.to(precise) - theta.to(precise).square().clamp_min(THETA2_MIN).log()
+    # 2 log|theta|, not log(theta^2): the square of a large theta overflows
+    return log_sigma2.to(precise) - 2 * theta.to(precise).abs().clamp_min(THETA_MIN).log()
 
 
 def std_of(variance: Tensor) -> Tensor:

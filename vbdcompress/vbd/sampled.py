@@ -42,24 +42,28 @@ def attach_sampled_(module: nn.Module, name: str, log_sigma2: float) -> None:
     # unsafe: skips a trial call whose random draw could never equal the original
     parametrize.register_parametrization(module, name, SampledWeight(theta, log_sigma2), unsafe=True)
     if isinstance(module, nn.RNNBase):
-        module.register_forward_pre_hook(_refresh_flat_weights)
+        # torch's recurrent layers cache a list of their weights, which would stay at one draw. The
+        # class is this module's own since it was parametrized; a hook that refills the cache would
+        # leave the last draw and its graph there, and a deep copy then fails.
+        vars(module).pop("_flat_weights", None)
+        type(module)._flat_weights = property(_read_weights, _cache_nothing)  # type: ignore[assignment]
 
 
 def detach_sampled_(module: nn.Module, name: str) -> None:
     """Undo `attach_sampled_`, in place; the parameter is theta where kept, 0 elsewhere."""
     parametrization = module.parametrizations[name][0]  # type: ignore[index]
+    assert isinstance(parametrization, SampledWeight)
     kept = parametrization.masked_theta().detach().clone()
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
         getattr(module, name).copy_(kept)
     if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _refresh_flat_weights]:
-            del hooks[key]
-        _refresh_flat_weights(module)
+        module._flat_weights = _read_weights(module)
 
 
-def _refresh_flat_weights(module: nn.Module, _: Any = None) -> None:
-    """torch's recurrent layers cache a list of their weights; a parametrized one must be read anew."""
-    names: list[str] = module._flat_weights_names  # type: ignore[assignment]
-    module._flat_weights = [getattr(module, name) for name in names]
+def _read_weights(module: nn.RNNBase) -> list[Any]:
+    return [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _cache_nothing(module: nn.RNNBase, weights: list[Any]) -> None:
+    """torch assigns the list anew when the module moves; it is read anew anyway."""

@@ -1,0 +1,176 @@
+"""Networks by name: the paper's sizes, others' libraries, the user's own code, and refusals."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.architectures import ARCHITECTURES, build_architecture
+from vbdcompress.errors import LoadError
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        # weights and biases by hand; the literature has 430,500 weights of LeNet-5, 266,200 of 300-100
+        ("lenet5", (1, 28, 28), 430_500 + 580),
+        ("lenet_300_100", (1, 28, 28), 266_200 + 410),
+        ("lenet_500_300", (784,), 784 * 500 + 500 * 300 + 3000 + 810),
+        ("digits", (1, 8, 8), 9 * 16 + 9 * 16 * 32 + 2 * 48 + 128 * 64 + 64 + 640 + 10),
+    ],
+)
+def test_build_architecture_gives_the_papers_sizes(
+    name: str, shape: tuple[int, ...], parameters: int
+) -> None:
+    model = build_architecture(name)
+    assert count(model) == parameters
+    assert model(torch.randn(2, *shape)).shape == (2, 10)
+    assert name in ARCHITECTURES
+
+
+def test_build_architecture_passes_arguments() -> None:
+    model = build_architecture("lenet5", {"channels": (3, 4), "hidden": 6, "classes": 7, "size": 20})
+    assert model(torch.randn(2, 1, 20, 20)).shape == (2, 7)
+    assert build_architecture("lenet_300_100", {"classes": 4})(torch.randn(1, 784)).shape == (1, 4)
+
+
+def test_build_architecture_gives_fresh_random_weights() -> None:
+    first, second = build_architecture("digits"), build_architecture("digits")
+    assert not torch.equal(first.get_parameter("fc1.weight"), second.get_parameter("fc1.weight"))
+
+
+def test_build_architecture_takes_torchvisions() -> None:
+    model = build_architecture("torchvision:squeezenet1_1", {"num_classes": 5})
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_build_architecture_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("asked for a download")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    model = build_architecture("torchvision:lraspp_mobilenet_v3_large", {"num_classes": 2})
+    assert count(model) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lenet", "did you mean 'lenet5'"),
+        ("lenet300_100", "did you mean 'lenet_300_100'"),
+        ("zzz", "is unknown"),
+        ("torchvision:resnet19", "near: .*resnet18"),
+        ("torchvision:zzz", "is not among torchvision's models"),
+    ],
+)
+def test_build_architecture_suggests_the_nearest_name(name: str, message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        build_architecture(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("lenet5", {"chanels": 3}), ("torchvision:resnet18", {"num_classes": "x"}), ("lenet5", {"hidden": -1})],
+)
+def test_build_architecture_names_arguments_that_do_not_fit(name: str, arguments: dict[str, object]) -> None:
+    with pytest.raises(LoadError, match="refused the arguments") as caught:
+        build_architecture(name, arguments)
+    assert str(arguments) in str(caught.value)
+
+
+CODE = """
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class Widths:
+    hidden: int = 3
+    names: ClassVar[int] = 1  # the dataclass looks its module up for this one
+
+def make(classes=2):
+    return nn.Sequential(nn.Linear(4, Widths().hidden), nn.Linear(3, classes))
+
+def give_number():
+    return 7
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def user_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(CODE, encoding="utf-8")
+    return path
+
+
+def test_build_architecture_runs_the_users_file(user_file: Path) -> None:
+    model = build_architecture(f"{user_file}:make", {"classes": 6}, trusted=True)
+    assert model(torch.randn(1, 4)).shape == (1, 6)
+
+
+def test_build_architecture_imports_the_users_module(
+    user_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(user_file.parent)
+    assert count(build_architecture("mine:make", trusted=True)) == 4 * 3 + 3 + 3 * 2 + 2
+
+
+@pytest.mark.parametrize(
+    "reference", ["mine.py:make", "os:system", "torch.nn:Linear", "timm:hf-hub:any/model"]
+)
+def test_build_architecture_runs_no_code_that_a_file_names(
+    user_file: Path, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(user_file.parent)
+    user_file.write_text("raise SystemExit('this code was run')", encoding="utf-8")
+    with pytest.raises(LoadError, match="file's choosing") as caught:
+        build_architecture(reference, {"classes": 2})
+    assert f"--arch {reference}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("give_number", "gave a int, not a torch.nn.Module"),
+        ("constant", "no callable 'constant'"),
+        ("mak", r"no callable 'mak'(.|\n)*It has: .*make"),
+    ],
+)
+def test_build_architecture_says_what_the_users_file_lacks(
+    user_file: Path, member: str, message: str
+) -> None:
+    with pytest.raises(LoadError, match=message):
+        build_architecture(f"{user_file}:{member}", trusted=True)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nowhere/net.py:make", "there is no file 'nowhere/net.py'"),
+        ("no.such.package:make", "could not be imported"),
+        (":make", "could not be imported"),
+    ],
+)
+def test_build_architecture_says_what_is_not_there(reference: str, message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        build_architecture(reference, trusted=True)
+
+
+def test_build_architecture_says_when_the_users_file_does_not_parse(user_file: Path) -> None:
+    user_file.write_text("def make(:", encoding="utf-8")
+    with pytest.raises(LoadError, match="could not be imported"):
+        build_architecture(f"{user_file}:make", trusted=True)
+
+
+def test_build_architecture_without_timm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(LoadError, match="pip install timm"):
+        build_architecture("timm:resnet18")

@@ -1,0 +1,80 @@
+"""What several tests share: seeds, real data where it lies, tiny networks."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.data import DataSet, TensorBatches, load_data
+from vbdcompress.vbd.layers import VBD_LAYERS, attach_posterior_
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # networks are tiny: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder with torchvision's data sets; the environment variable VBDCOMPRESS_DATA says where."""
+    root = os.environ.get("VBDCOMPRESS_DATA")
+    if not root:
+        pytest.skip("VBDCOMPRESS_DATA is not set: no folder with torchvision's data sets")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def digits() -> DataSet:
+    """scikit-learn's 8x8 digits, normalised and split."""
+    return load_data("digits")
+
+
+@pytest.fixture
+def small_batches() -> TensorBatches:
+    """Twelve examples of five features and three classes in shuffled batches of four."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(12) % 3
+    inputs = torch.randn(12, 5, generator=generator) + labels[:, None]
+    return TensorBatches(inputs, labels, 4, shuffle=True)
+
+
+@pytest.fixture
+def convert() -> Callable[..., nn.Module]:
+    """Attach a posterior to every layer that takes one, in place; returns the network."""
+
+    def attach(model: nn.Module, log_sigma2: float = -8.0) -> nn.Module:
+        for module in list(model.modules()):
+            if type(module) in VBD_LAYERS:
+                attach_posterior_(module, log_sigma2)
+        return model
+
+    return attach
+
+
+@pytest.fixture
+def make_network() -> Callable[[], nn.Module]:
+    """The same small network at each call: 5 features to 3 classes."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+
+    return make
+
+
+@pytest.fixture
+def assert_moments() -> Callable[..., None]:
+    """Compare draws with a Gaussian's mean and variance, elementwise within five standard errors."""
+
+    def check(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
+        count = draws.shape[0]
+        mean_error = (variance / count).sqrt()
+        variance_error = variance * (2.0 / (count - 1)) ** 0.5
+        assert ((draws.mean(0) - mean).abs() <= 5 * mean_error + 1e-12).all()
+        assert ((draws.var(0) - variance).abs() <= 5 * variance_error + 1e-12).all()
+
+    return check

@@ -1,0 +1,236 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import onnx
+import pytest
+from jinja2 import UndefinedError
+
+from vbdcompress.reporting.html import hide_folder, render_html, write_snippet
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x$ ${{7*7}}"
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text, as the standard library reads the page."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(source)
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def charts(self):
+        return [attrs["data-chart"] for tag, attrs in self.tags if tag == "svg"]
+
+
+def poison(value):
+    """The same JSON with HOSTILE behind every text that a user's names can reach."""
+    free = {"name", "kind", "reason", "explanation", "whole_because", "platform", "source", "architecture"}
+    if isinstance(value, dict):
+        return {
+            key: f"{item}{HOSTILE}" if key in free and isinstance(item, str) else poison(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [f"{item}{HOSTILE}" if isinstance(item, str) else poison(item) for item in value]
+    return value
+
+
+def test_render_html_shows_what_a_reader_came_for(report):
+    text = Page(render_html(report)).text
+    for fact in (
+        "87.5\N{MULTIPLICATION SIGN} fewer nonzero parameters",
+        "71,850 → 821",
+        "292 kB → 112 kB",
+        "test error 0.89% → 1.34%",
+        "onnxruntime equals torch to 3e-7 of the largest output (allowed 1e-4), batches of 1 and 7.",
+        "MACs of aten.native_batch_norm are not counted.",
+        "threshold 3, the default of this mode",
+        "1,213 training, 135 validation and 449 test examples",
+        "local reparameterisation",
+        "no weight matrix",
+        "torch 2.15.0",
+        "lr log sigma2 0.003",
+        "opset 20",
+    ):
+        assert fact in text, fact
+
+
+def test_render_html_draws_every_chart(report):
+    charts = Page(render_html(report)).charts()
+    assert charts[:5] == ["curve0", "bars-nonzeros", "bars-macs", "objective", "error"]
+    assert charts[5:] == ["alpha0-0", "alpha0-1", "alpha0-2", "alpha0-3"]
+
+
+def test_render_html_is_self_contained(large_page):
+    source, page = large_page, Page(large_page)
+    assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    addresses = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset") if name in attrs]
+    assert addresses
+    assert all(address == "data:," or address.startswith("#") for address in addresses)
+    assert set(re.findall(r"url\((.)", source)) == {"#"}
+    assert "@import" not in source
+    assert "http:" not in source
+    assert "https:" not in source
+
+
+def test_render_html_is_small(report, large_page):
+    assert len(render_html(report).encode()) < 100_000
+    assert len(large_page.encode()) < 400_000
+
+
+def test_render_html_has_unique_ids_and_no_dead_references(large_page):
+    ids = re.findall(r'\sid="([^"]*)"', large_page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([\w-]+)', large_page)) <= set(ids)
+
+
+def test_render_html_escapes_hostile_names(large_report):
+    source = render_html(poison(large_report))
+    page = Page(source)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert "&lt;script&gt;alert(1)" in source
+    assert "49" not in re.findall(r"\$\{?\{?(\d+)", source)
+
+
+def test_render_html_is_deterministic(report):
+    assert render_html(report) == render_html(json.loads(json.dumps(report)))
+
+
+def test_render_html_leaves_matplotlib_as_it_was(report):
+    with matplotlib.rc_context({"font.size": 23.0, "svg.hashsalt": "mine"}):
+        before = dict(matplotlib.rcParams)
+        render_html(report)
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_render_html_ignores_the_users_matplotlib_settings(report):
+    plain = render_html(report)
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 23.0, "axes.labelpad": 30.0}):
+        assert render_html(report) == plain
+
+
+def test_render_html_without_test_set_says_so(report):
+    report["errors"]["test"] = None
+    report["error_split"], report["error"] = "validation", 1.48
+    report["data"].update(test=None, validation_held_out=False)
+    text = Page(render_html(report)).text
+    assert "validation error 0.74% → 1.48%" in text
+    assert "and no test set" in text
+    assert "The original was trained on the validation examples" in text
+    assert "Test error" not in text
+    assert "None" not in text.replace("session.run(None", "")
+
+
+def test_render_html_of_a_bare_report(report):
+    report.update(source=None, architecture=None, seed=None, seconds=None, data=None, errors=None)
+    report.update(error=None, error_split=None, export=None, latency=[], files=[], finetune=[], stages=[])
+    report.update(warnings=[], uncounted_ops=[], layers=[], config={})
+    report["input"].update(mean=[], std=[])
+    page = Page(render_html(report))
+    assert page.charts() == []
+    assert "None" not in page.text
+    assert "Not trained." in page.text
+
+
+def test_render_html_with_one_epoch_and_an_empty_curve(report):
+    stage = report["stages"][0]
+    stage.update(epochs=stage["epochs"][:1], curve=[], groups=[])
+    stage["epochs"][0].update(error=None, sparsity=None)
+    stage["log_alpha"]["layers"] = []
+    stage["selection"]["threshold"] = None
+    report["finetune"] = []
+    page = Page(render_html(report))
+    assert page.charts() == ["bars-nonzeros", "bars-macs", "objective"]
+    assert "No curve was measured." in page.text
+
+
+def test_render_html_says_where_an_unmeasured_threshold_is_drawn(report):
+    report["stages"][0]["selection"]["threshold"] = 2.7
+    assert "chosen (threshold 2.7; drawn at 3)" in Page(render_html(report)).text
+
+
+def test_render_html_counts_the_points_outside_the_picture(report):
+    text = Page(render_html(report)).text
+    (count, top) = re.search(r"(\d+) points lie above ([\d.]+)% and outside", text).groups()
+    errors = [point["error"] for point in report["stages"][0]["curve"]]
+    assert int(count) == sum(error > float(top) + 0.005 for error in errors) > 0
+
+
+def test_render_html_caps_the_bars_and_says_so(large_report, large_page):
+    source = large_page
+    bars = source[source.index('data-chart="bars-macs"') :]
+    assert len(re.findall(r">backbone\.[^<]*<", bars[: bars.index("</svg>")])) == 60
+    assert Page(source).text.count("The 60 largest of 152 layers; the table below has all.") == 2
+    assert all(f'<td class="name">{layer["name"]}</td>' in source for layer in large_report["layers"])
+
+
+def test_render_html_folds_long_tables_only(report, large_page):
+    assert [attrs for tag, attrs in Page(render_html(report)).tags if tag == "details"] == [
+        {"open": None}
+    ] * 2
+    assert [attrs for tag, attrs in Page(large_page).tags if tag == "details"] == [{}] * 4
+
+
+def test_render_html_shows_a_layer_that_lost_everything(report):
+    report["layers"][0]["after"].update(parameters=0, nonzeros=0, macs=0, shape=[])
+    assert "gone" in Page(render_html(report)).texts
+
+
+def test_render_html_draws_names_that_matplotlib_would_interpret(report):
+    report["layers"][0]["name"] = "a$b_{$層\\frac"
+    assert "a$b_{$層\\frac" in Page(render_html(report)).texts
+
+
+def test_render_html_marks_a_file_that_differs(report):
+    report["export"]["max_difference"] = 0.2
+    source = render_html(report)
+    assert "onnxruntime differs from torch" in source
+    assert 'class="status good"' not in source
+
+
+def test_render_html_refuses_a_report_with_a_missing_field(report):
+    del report["environment"]["cpu_count"]
+    with pytest.raises(UndefinedError, match="cpu_count"):
+        render_html(report)
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [("/home/ann/net.pt", "net.pt"), ("C:\\Users\\ann\\net.pt", "net.pt"), ("zoo/net.pt", "zoo/net.pt")],
+)
+def test_hide_folder_keeps_relative_paths_only(path, shown):
+    assert hide_folder(path) == shown
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean", "std"),
+    [([3, 4, 5], [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]), ([6], [0.5], [0.5]), ([2, 2], [], [])],
+)
+def test_write_snippet_runs_and_normalises(report, tmp_path, monkeypatch, shape, mean, std):
+    """The oracle is an ONNX graph that returns its input."""
+    report["input"] = {"name": 'in"put', "shape": shape, "mean": mean, "std": std}
+    value = onnx.helper.make_tensor_value_info
+    tensors = [value(name, onnx.TensorProto.FLOAT, ["batch", *shape]) for name in ('in"put', "out")]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ['in"put'], ["out"])], "g", tensors[:1], tensors[1:]
+    )
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    onnx.save(model, tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(write_snippet(report), names)
+    # the snippet feeds zeros
+    expected = np.zeros(shape) if not mean else (0 - np.array(mean)) / np.array(std)
+    expected = expected.reshape(-1, *[1] * (len(shape) - 1)) if mean else expected
+    np.testing.assert_allclose(names["output"][0], np.broadcast_to(expected, shape), rtol=1e-6)

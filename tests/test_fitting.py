@@ -1,0 +1,282 @@
+"""fit: what it learns, what it reports, and where it stops."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from vbdcompress.architectures import build_architecture
+from vbdcompress.config import FitConfig, RunConfig
+from vbdcompress.data import DataSet, TensorBatches
+from vbdcompress.errors import DataError
+from vbdcompress.fitting import fit
+from vbdcompress.records import EpochRow
+from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
+from vbdcompress.vbd.posterior import find_posteriors
+
+Make = Callable[[], nn.Module]
+Convert = Callable[..., nn.Module]
+STILL = {"lr": 1e-12, "lr_log_sigma2": 1e-12, "warmup_epochs": 0, "device": "cpu"}
+
+
+def settings(**options: Any) -> FitConfig:
+    return FitConfig(**({"device": "cpu", "epochs": 2} | options))
+
+
+class Recorder:
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int, int | None, int]] = []
+        self.rows: list[tuple[EpochRow, int]] = []
+
+    def on_start(self, title: str, epochs: int) -> None:
+        """Takes no notice."""
+
+    def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
+        self.steps.append((epoch, step, steps, examples))
+
+    def on_epoch(self, row: EpochRow, epochs: int) -> None:
+        self.rows.append((row, epochs))
+
+
+def test_fit_learns_digits(digits: DataSet, convert: Convert) -> None:
+    model = convert(build_architecture("digits"))
+    result = fit(
+        model,
+        digits.train_batches(100, seed=0, augment="crop"),
+        settings(epochs=4, lr=3e-3, lr_log_sigma2=3e-2),
+        validation=digits.validation_batches(),
+        threshold=3.0,
+    )
+    first, last = result.epochs[0], result.epochs[-1]
+    assert last.nll < 0.5 * first.nll
+    assert last.kl < first.kl
+    assert last.error is not None
+    assert last.error < 20.0
+    assert result.model is model
+    assert not model.training
+    assert result.is_main
+
+
+def test_fit_trains_a_plain_network(small_batches: TensorBatches, make_network: Make) -> None:
+    model = make_network()
+    rows = fit(model, small_batches, settings(epochs=15, lr=0.03)).epochs
+    assert [row.kl for row in rows] == [0.0] * 15
+    assert [row.sparsity for row in rows] == [None] * 15
+    assert rows[-1].nll < 0.7 * rows[0].nll
+
+
+def test_fit_rows_are_complete(small_batches: TensorBatches, make_network: Make, convert: Convert) -> None:
+    model, listener = convert(make_network(), -2.0), Recorder()
+    config = settings(epochs=8, lr=0.01, beta=2.0, warmup_epochs=5)
+    validation = TensorBatches(small_batches.inputs, small_batches.labels, 5)
+    result = fit(model, small_batches, config, validation=validation, threshold=0.5, listener=listener)
+    rows = result.epochs
+    assert [row.epoch for row in rows] == list(range(1, 9))
+    # the warm-up takes at most half of the epochs: 4, not 5
+    assert [row.beta for row in rows] == pytest.approx([0, 0.5, 1, 1.5, 2, 2, 2, 2])
+    assert [row.learning_rate for row in rows] == pytest.approx([0.01 * (1 - done / 8) for done in range(8)])
+    assert all(row.seconds > 0 and row.examples_per_second > 0 for row in rows)
+    assert listener.rows == [(row, 8) for row in rows]
+    assert listener.steps == [(epoch, step, 3, 4) for epoch in range(1, 9) for step in (1, 2, 3)]
+    masks = [p.log_alpha() >= 0.5 for p in find_posteriors(model)]
+    assert rows[-1].sparsity == pytest.approx(sum(int(mask.sum()) for mask in masks) / 56)
+    assert 0 < rows[-1].sparsity < 1
+    assert rows[-1].error == pytest.approx(masked_error(model, masks, validation))
+
+
+@torch.no_grad()
+def masked_error(model: nn.Module, masks: list[Tensor], batches: TensorBatches) -> float:
+    hidden = F.linear(batches.inputs, model[0].weight * ~masks[0], model[0].bias).relu()
+    logits = F.linear(hidden, model[2].weight * ~masks[1], model[2].bias)
+    return 100 * (logits.argmax(1) != batches.labels).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("constant", [1, 1, 1, 1]),
+        ("cosine", [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+    ],
+)
+def test_fit_rates_follow_the_schedule(
+    small_batches: TensorBatches, make_network: Make, schedule: str, factors: list[float]
+) -> None:
+    rows = fit(make_network(), small_batches, settings(epochs=4, lr=0.1, schedule=schedule)).epochs
+    assert [row.learning_rate for row in rows] == pytest.approx([0.1 * factor for factor in factors])
+
+
+def test_fit_moves_each_role_at_its_own_rate(make_network: Make, convert: Convert) -> None:
+    # Adam's first step is the rate times the sign of the gradient
+    model, gate = convert(make_network(), -1.0), ChannelGate(5, -1.0)
+    attach_gate_(model[0], InputGate([gate], torch.arange(5), -1))
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    batch = [(torch.randn(6, 5), torch.arange(6) % 3)]
+    config = settings(epochs=1, lr=1e-4, lr_log_sigma2=2e-3, lr_gates=5e-2, warmup_epochs=0, beta=3.0)
+    fit(model, batch, config)
+    expected = {"weight": 1e-4, "bias": 1e-4, "log_sigma2": 2e-3, "gate.theta": 5e-2, "gate.log_sigma2": 5e-2}
+    for name, tensor in model.named_parameters():
+        key = name.rpartition(".")[2]
+        rate = expected[f"gate.{key}" if "input_gate" in name else key]
+        assert (tensor - before[name]).abs().median().item() == pytest.approx(rate, rel=1e-3), name
+
+
+def test_fit_reports_nll_and_kl_of_the_set(
+    small_batches: TensorBatches, make_network: Make, convert: Convert
+) -> None:
+    plain, model = make_network(), convert(make_network(), -40.0)
+    (row,) = fit(model, small_batches, FitConfig(epochs=1, **STILL)).epochs
+    assert row.nll == pytest.approx(F.cross_entropy(plain(small_batches.inputs), small_batches.labels).item())
+    kl = sum((0.5 * torch.log1p(layer.weight.double() ** 2 / math.exp(-40))).sum() for layer in plain[::2])
+    assert row.kl == pytest.approx(kl.item() / 12, rel=1e-5)
+    (given,) = fit(model, small_batches, FitConfig(epochs=1, **STILL), num_data=60).epochs
+    assert given.kl == pytest.approx(kl.item() / 60, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stronger", "weaker"), [({"beta": 30.0}, {"beta": 0.0}), ({"prior": "vd"}, {})])
+def test_fit_uses_beta_and_prior(
+    small_batches: TensorBatches, make_network: Make, convert: Convert, stronger: dict, weaker: dict
+) -> None:
+    def final_kl(options: dict) -> float:
+        config = settings(epochs=10, lr=0.05, lr_log_sigma2=0.05, warmup_epochs=0, **options)
+        model = convert(make_network(), -2.0)
+        fit(model, small_batches, config)
+        return sum(p.log_alpha().exp().reciprocal().log1p().sum().item() for p in find_posteriors(model))
+
+    assert final_kl(stronger) < 0.9 * final_kl(weaker)
+
+
+def test_fit_is_decided_by_its_seed(
+    small_batches: TensorBatches, make_network: Make, convert: Convert
+) -> None:
+    def run(seed: int, noise: int) -> Tensor:
+        model = convert(make_network(), -1.0)
+        torch.manual_seed(noise)
+        fit(model, small_batches, settings(seed=seed))
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    assert torch.equal(run(0, 1), run(0, 2))
+    assert not torch.equal(run(0, 1), run(1, 1))
+
+
+def user_loader(batches: TensorBatches, **options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(batches.inputs, batches.labels), batch_size=4, **options)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader", "unsized", "list"])
+def test_fit_leaves_the_users_random_state(
+    small_batches: TensorBatches, make_network: Make, convert: Convert, kind: str
+) -> None:
+    loaders = {
+        "tensors": small_batches,
+        "loader": user_loader(small_batches, shuffle=True),
+        "unsized": user_loader(small_batches, sampler=iter_sampler()),
+        "list": list(small_batches),
+    }
+    model = convert(make_network())
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    fit(model, loaders[kind], settings(), validation=user_loader(small_batches))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+
+
+def iter_sampler() -> Any:
+    """A sampler without a length: it is counted by one pass."""
+
+    class Order(torch.utils.data.Sampler[int]):
+        def __iter__(self) -> Any:
+            return iter(torch.randperm(12).tolist())
+
+    return Order()
+
+
+@pytest.mark.parametrize("kind", ["loader", "list"])
+def test_fit_takes_the_users_loader(
+    small_batches: TensorBatches, make_network: Make, convert: Convert, kind: str
+) -> None:
+    loader = user_loader(small_batches, shuffle=True) if kind == "loader" else list(small_batches)
+    rows = fit(convert(make_network()), loader, settings(epochs=25, lr=0.03), validation=loader).epochs
+    assert rows[-1].nll < 0.8 * rows[0].nll
+    assert rows[0].kl == pytest.approx(rows[1].kl, rel=0.5)
+    assert rows[-1].error is not None
+
+
+def test_fit_takes_batches_of_any_structure(make_network: Make) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_network()
+
+        def forward(self, batch: dict[str, Any]) -> Tensor:
+            output: Tensor = self.inner(batch["x"] + batch["more"][0])
+            return output
+
+    batch = {"x": torch.randn(4, 5), "more": (torch.randn(4, 5), "note")}
+    loss = nn.CrossEntropyLoss(reduction="mean")
+    rows = fit(Two(), [(batch, torch.arange(4) % 3)], settings(), loss=loss).epochs
+    assert rows[1].nll < rows[0].nll
+
+
+def test_fit_keeps_exactly_the_zero_weights(small_batches: TensorBatches, make_network: Make) -> None:
+    def run(keep_zeros: bool) -> tuple[nn.Module, Tensor]:
+        model = make_network()
+        with torch.no_grad():
+            model[0].weight[::2] = 0.0
+            model[0].bias.zero_()
+        zero = model[0].weight == 0
+        fit(model, small_batches, settings(epochs=3, lr=0.01), keep_zeros=keep_zeros)
+        return model, zero
+
+    model, zero = run(keep_zeros=True)
+    assert torch.equal(model[0].weight == 0, zero)
+    assert not (model[0].bias == 0).any()
+    assert not (model[2].weight == 0).any()
+    model, zero = run(keep_zeros=False)
+    assert not (model[0].weight == 0).any()
+
+
+def test_fit_for_no_epochs_changes_nothing(small_batches: TensorBatches, make_network: Make) -> None:
+    model = make_network()
+    result = fit(model, small_batches, settings(epochs=0), validation=small_batches)
+    assert result.epochs == ()
+    assert all(map(torch.equal, model.parameters(), make_network().parameters()))
+
+
+def test_fit_clips_the_gradient(small_batches: TensorBatches, make_network: Make) -> None:
+    # Adam divides by the gradient's size, unless it is far below its epsilon of 1e-8
+    model = make_network()
+    fit(model, small_batches, settings(lr=0.1, clip_norm=1e-14))
+    pairs = zip(model.parameters(), make_network().parameters(), strict=True)
+    assert max((ours - theirs).abs().max().item() for ours, theirs in pairs) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_fit_in_other_precisions(
+    small_batches: TensorBatches, make_network: Make, convert: Convert, precision: str
+) -> None:
+    model = convert(make_network())
+    config = settings(epochs=10, lr=0.03, precision=precision)
+    rows = fit(model, small_batches, config, validation=small_batches).epochs
+    assert rows[-1].nll < 0.9 * rows[0].nll
+    exact = fit(convert(make_network()), small_batches, settings(epochs=10, lr=0.03)).epochs
+    assert rows[0].kl == pytest.approx(exact[0].kl, rel=1e-3)
+    assert rows[0].nll == pytest.approx(exact[0].nll, rel=0.05)
+
+
+def test_fit_takes_a_run_configuration(small_batches: TensorBatches, make_network: Make) -> None:
+    assert len(fit(make_network(), small_batches, RunConfig(epochs=1, device="cpu")).epochs) == 1
+
+
+def test_fit_refuses_an_empty_loader(make_network: Make) -> None:
+    with pytest.raises(DataError, match="is empty"):
+        fit(make_network(), [], settings())

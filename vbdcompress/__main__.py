@@ -1,0 +1,6 @@
+"""`python -m vbdcompress`, and what torchrun starts: `torchrun ... -m vbdcompress run ...`."""
+
+from vbdcompress.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""vbdcompress evaluate: the error of a file on a data set."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vbdcompress.cli.options import data_options, model_options, parse_arch_args
+from vbdcompress.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vbdcompress.data import TensorBatches
+    from vbdcompress.records import InputSpec
+
+
+@click.command("evaluate", short_help="Measure the error of a file.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@model_options
+@data_options
+def command(
+    file: Path,
+    split: str,
+    batch_size: int,
+    as_json: bool,
+    arch: str | None,
+    arch_args: tuple[str, ...],
+    unsafe_pickle: bool,
+    data: str | None,
+    data_root: Path | None,
+    image_size: int | None,
+) -> None:
+    """Print the error in percent of the network in FILE: a .pt, a slim.safetensors, or an .onnx.
+
+    FILE may be a folder that `run` wrote: then its model.onnx. An ONNX file is run by onnxruntime,
+    normalised as the report.json beside it says.
+
+    \b
+    Example:
+      vbdcompress evaluate exports/digits
+      vbdcompress evaluate exports/lenet5/model.onnx --data-root DATA
+    """
+    from vbdcompress.data import load_data
+
+    if file.is_dir():
+        file = file / "model.onnx"
+    network = _open_network(file, arch, parse_arch_args(arch_args), unsafe_pickle)
+    name = data or network.data
+    if name is None:
+        raise DataError("evaluate", "the file does not name its data set.", "--data NAME")
+    held = network.validation or {}
+    dataset = load_data(
+        name,
+        data_root,
+        normalisation=network.input,
+        validation_fraction=float(held.get("fraction", 0.1)),
+        validation_seed=int(held.get("seed", 0)),
+        image_size=image_size,
+    )
+    batches = dataset.test_batches(batch_size) if split == "test" else dataset.validation_batches(batch_size)
+    if batches is None:
+        raise DataError(f"data set '{name}'", "has no test part.", "--split validation")
+    error = network.error(batches)
+    if as_json:
+        click.echo(json.dumps({"file": file.name, "data": name, "split": split, "error": error}))
+    else:
+        click.echo(f"{file.name} on {name}: {error:.2f} % {split} error ({batches.num_examples:,} examples)")
+
+
+class _Network:
+    """A network of any kind of file, and how to measure it."""
+
+    def __init__(self, data: str | None, input: "InputSpec | None", validation: Any, run: Any) -> None:
+        self.data, self.input, self.validation, self.run = data, input, validation, run
+
+    def error(self, batches: "TensorBatches") -> float:
+        """Top-1 error in percent."""
+        wrong = sum(int((self.run(inputs).argmax(1) != labels).sum()) for inputs, labels in batches)
+        return 100.0 * wrong / batches.num_examples
+
+
+def _open_network(file: Path, arch: str | None, arguments: dict[str, Any], unsafe_pickle: bool) -> _Network:
+    if not file.is_file():
+        raise ConfigError("evaluate", f"file '{file}' does not exist.")
+    if file.suffix == ".onnx":
+        return _open_onnx(file)
+    import torch
+
+    from vbdcompress.loading import load
+
+    loaded = load(file, arch=arch, arguments=arguments, unsafe_pickle=unsafe_pickle)
+    return _Network(loaded.data, loaded.input, loaded.validation, torch.no_grad()(loaded.model))
+
+
+def _open_onnx(file: Path) -> _Network:
+    import torch
+
+    from vbdcompress.exporting.onnx_file import open_session, run_session
+    from vbdcompress.records import InputSpec
+    from vbdcompress.reporting.write import read_report
+
+    session = open_session(file)
+    name, spec = None, None
+    if (file.parent / "report.json").is_file():
+        content = read_report(file.parent)
+        name = (content["data"] or {}).get("name")
+        told = content["input"]
+        spec = InputSpec(tuple(told["shape"]), tuple(told["mean"]), tuple(told["std"]), told["name"])
+    return _Network(
+        name, spec, None, lambda inputs: torch.from_numpy(run_session(session, inputs.numpy())[0])
+    )

@@ -1,0 +1,124 @@
+"""vbdcompress inspect: what would be converted; touches nothing."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vbdcompress.cli.options import model_options, parse_arch_args
+from vbdcompress.errors import ConfigError
+
+
+@click.command("inspect", short_help="Say what would be converted.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--mode", type=click.Choice(["weights", "channels"]), default="channels", show_default=True)
+@click.option("--skip", multiple=True, metavar="NAME", help="Layer to leave whole, with all below it.")
+@click.option("--prune-inputs", is_flag=True, help="Also input features and flattened features.")
+@click.option("--input-shape", metavar="C,H,W", help="Shape of one input where the file does not say.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@model_options
+def command(
+    file: Path,
+    mode: Any,
+    skip: tuple[str, ...],
+    prune_inputs: bool,
+    input_shape: str | None,
+    as_json: bool,
+    arch: str | None,
+    arch_args: tuple[str, ...],
+    unsafe_pickle: bool,
+) -> None:
+    """Print the layers of the network in FILE, converted or left and why, and its channel groups.
+
+    \b
+    Example:
+      vbdcompress inspect zoo/lenet5.pt --mode channels --prune-inputs
+    """
+    import torch
+
+    from vbdcompress.conversion import convert
+    from vbdcompress.count import layer_sizes, measure_size
+    from vbdcompress.loading import load
+
+    loaded = load(file, arch=arch, arguments=parse_arch_args(arch_args), unsafe_pickle=unsafe_pickle)
+    shape = _parse_shape(input_shape) or (loaded.input.shape if loaded.input else None)
+    if shape is None:
+        raise ConfigError("inspect", "the file does not say the shape of its input.", "--input-shape 3,32,32")
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    converted = convert(loaded.model, example, mode, skip=skip, prune_inputs=prune_inputs)
+    content = {
+        "file": file.name,
+        "architecture": loaded.architecture,
+        "data": loaded.data,
+        "input_shape": list(shape),
+        "mode": mode,
+        "size": asdict(measure_size(loaded.model, example)),
+        "layers": [asdict(row) for row in layer_sizes(loaded.model, example)],
+        "table": [asdict(row) for row in converted.table],
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "writers": [member.layer for member in group.writers],
+                "readers": [member.layer for member in group.readers],
+                "whole_because": group.whole_because,
+            }
+            for group in converted.scan.groups
+        ],
+    }
+    if as_json:
+        click.echo(json.dumps(content, indent=1))
+    else:
+        _print_tables(content)
+
+
+def _parse_shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise ConfigError("inspect", f"--input-shape '{text}' is not like 3,32,32.") from error
+
+
+def _print_tables(content: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    size = content["size"]
+    console.print(
+        f"[bold]{content['file']}[/bold]: {content['architecture']}, {size['parameters']:,} parameters, "
+        f"{size['macs']:,} MACs, input {tuple(content['input_shape'])}",
+        highlight=False,
+    )
+    macs = {row["name"]: row["macs"] for row in content["layers"]}
+    table = Table(title=f"Layers in {content['mode']} mode", title_justify="left")
+    for heading in ("layer", "kind", "", "parameters", "MACs", "why"):
+        table.add_column(heading, justify="right" if heading in ("parameters", "MACs") else "left")
+    for row in content["table"]:
+        style = "green" if row["action"] == "converted" else "yellow"
+        table.add_row(
+            Text(row["name"]),
+            row["kind"],
+            Text(row["action"], style=style),
+            f"{row['parameters']:,}",
+            f"{macs.get(row['name'], 0):,}",
+            Text(row["reason"]),
+        )
+    console.print(table)
+    groups = Table(title="Channel groups", title_justify="left")
+    for heading in ("group", "channels", "written by", "read by", "stays whole because"):
+        groups.add_column(heading, justify="right" if heading == "channels" else "left")
+    for row in content["groups"]:
+        groups.add_row(
+            Text(row["name"]),
+            str(row["size"]),
+            Text(", ".join(row["writers"]) or "the input"),
+            Text(", ".join(row["readers"])),
+            Text(row["whole_because"] or ""),
+        )
+    console.print(groups)

@@ -1,0 +1,113 @@
+"""Options that several commands share, and those made from the fields of the configuration."""
+
+import ast
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+
+from vbdcompress.config import RunConfig
+from vbdcompress.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def config_options(names: Iterable[str] | None = None) -> Callable[[Command], Command]:
+    """Options for fields of RunConfig (all, or those named): one source for name, type, default, help.
+
+    A command gets None (or an empty tuple) for what the user did not give; `given_options` drops these.
+    """
+    chosen = list(RunConfig.model_fields) if names is None else list(names)
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(chosen):
+            command = _option_of(name)(command)
+        return command
+
+    return decorate
+
+
+def _option_of(name: str) -> Callable[[Command], Command]:
+    field = RunConfig.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    told = field.description or ""
+    if field.default not in (None, (), False):
+        told += f"  [default: {field.default}]"
+    if field.annotation is bool:
+        return click.option(flag, name, is_flag=True, default=None, help=told)
+    if get_origin(field.annotation) is tuple:
+        return click.option(flag, name, multiple=True, metavar="NAME", help=told)
+    return click.option(flag, name, type=_click_type(field.annotation), default=None, help=told)
+
+
+def _click_type(annotation: Any) -> Any:
+    if get_origin(annotation) is Literal:
+        return click.Choice(get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return str if str in kinds else _click_type(kinds[0])
+    return annotation
+
+
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {key: value for key, value in values.items() if value not in (None, ())}
+
+
+def model_options(command: Command) -> Command:
+    """How a model file is read."""
+    command = click.option(
+        "--unsafe-pickle",
+        is_flag=True,
+        help="Also read a pickled network. It runs code from the file: only for files you trust as programs.",
+    )(command)
+    command = click.option(
+        "--arch-arg",
+        "arch_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Argument of the architecture's builder.",
+    )(command)
+    return click.option(
+        "--arch",
+        metavar="NAME",
+        help="Architecture of a bare state_dict: lenet5, torchvision:resnet18, timm:NAME, "
+        "package.module:function, file.py:function.",
+    )(command)
+
+
+def data_options(command: Command) -> Command:
+    """Which data set, and where it lies."""
+    command = click.option(
+        "--image-size",
+        type=click.IntRange(min=1),
+        help="Height and width that a folder's images are resized to.",
+    )(command)
+    command = click.option(
+        "--data-root",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="VBDCOMPRESS_DATA",
+        help="Where torchvision's sets lie, or are downloaded to.  [env: VBDCOMPRESS_DATA]",
+    )(command)
+    return click.option(
+        "--data",
+        metavar="NAME|PATH",
+        help="Data set: digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, svhn, stl10, a folder of "
+        "class folders, or an .npz file. Without it, the one that the file names.",
+    )(command)
+
+
+def parse_arch_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value that reads as a Python literal is one, else a string."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError("--arch-arg", f"'{pair}' is not KEY=VALUE.")
+        try:
+            arguments[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[key] = text
+    return arguments

@@ -1,0 +1,206 @@
+"""vbdcompress run: the main job."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vbdcompress.cli.options import (
+    config_options,
+    data_options,
+    given_options,
+    model_options,
+    parse_arch_args,
+)
+from vbdcompress.config import RunConfig, make_config, read_toml
+from vbdcompress.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vbdcompress.data import DataSet
+    from vbdcompress.loading import Loaded
+
+STATE = ".state"
+
+
+@click.command("run", short_help="Compress a trained network.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: exports/NAME]")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of the options below."
+)
+@click.option("--validation", metavar="PATH", help="Folder or .npz of validation data of your own.")
+@click.option("--resume", is_flag=True, help="Go on from where an unfinished run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@model_options
+@data_options
+@config_options()
+def command(
+    file: Path,
+    out: Path | None,
+    config_file: Path | None,
+    validation: str | None,
+    resume: bool,
+    overwrite: bool,
+    arch: str | None,
+    arch_args: tuple[str, ...],
+    unsafe_pickle: bool,
+    data: str | None,
+    data_root: Path | None,
+    image_size: int | None,
+    **options: Any,
+) -> None:
+    """Compress the trained network in FILE and write model.onnx, slim.safetensors and reports.
+
+    FILE is a checkpoint of `vbdcompress train`, or a state_dict with --arch and --data.
+
+    \b
+    Examples:
+      vbdcompress run zoo/digits.pt
+      vbdcompress run zoo/lenet_300_100.pt --data-root DATA --max-error-increase 0.3
+      vbdcompress run mine.pt --arch mine.py:build --data photos/ --image-size 64 --mode channels
+    """
+    values = (read_toml(config_file) if config_file else {}) | given_options(options)
+    config = make_config(values, f"config file '{config_file}'" if config_file else "run")
+    _run(
+        file,
+        out or Path("exports") / file.stem,
+        config,
+        _Reading(validation, arch, parse_arch_args(arch_args), unsafe_pickle, data, data_root, image_size),
+        resume,
+        overwrite,
+    )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the network and its data are read."""
+
+    validation: str | None
+    arch: str | None
+    arch_args: dict[str, Any]
+    unsafe_pickle: bool
+    data: str | None
+    data_root: Path | None
+    image_size: int | None
+
+    def network(self, file: Path) -> "Loaded":
+        """The network and what its file says."""
+        from vbdcompress.loading import load
+
+        return load(file, arch=self.arch, arguments=self.arch_args, unsafe_pickle=self.unsafe_pickle)
+
+    def dataset(self, loaded: "Loaded", config: RunConfig) -> "DataSet":
+        """The data set that was asked for, or that the file names, normalised as the file says."""
+        from vbdcompress.data import load_data
+
+        name = self.data or loaded.data
+        if name is None:
+            raise DataError(
+                "run", "the file does not name its data set.", "Name it: --data mnist, or a folder, or .npz"
+            )
+        split = loaded.validation or {"fraction": config.validation_fraction, "seed": config.seed}
+        return load_data(
+            name,
+            self.data_root,
+            normalisation=loaded.input,
+            validation_fraction=float(split["fraction"]),
+            validation_seed=int(split["seed"]),
+            validation_path=self.validation,
+            image_size=self.image_size,
+        )
+
+
+def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bool, overwrite: bool) -> None:
+    from rich.console import Console
+
+    from vbdcompress.cli.console import FitProgress
+    from vbdcompress.devices import start_fabric
+    from vbdcompress.pipeline import Judge, Origin, Sources, Workplace, run_stages
+    from vbdcompress.reporting.build import DataRecord
+    from vbdcompress.reporting.terminal import print_summary
+
+    loaded = reading.network(file)
+    main = start_fabric(config).is_global_zero
+    if main:
+        _prepare_folder(out, resume, overwrite)
+    data = reading.dataset(loaded, config)
+    held_out = True if reading.validation or loaded.validation else None
+    record = DataRecord(
+        data.name,
+        data.classes,
+        len(data.train),
+        len(data.validation),
+        None if data.test is None else len(data.test),
+        held_out,
+    )
+    sources = Sources(
+        data.train_batches(config.examples_a_step(len(data.train)), config.seed, config.augment),
+        data.validation_batches(),
+        data.test_batches(),
+        record,
+        data.input,
+    )
+    origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}))
+    console = Console(quiet=not main)
+    _print_start(console, file, loaded, record, config)
+    with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
+        workplace = Workplace(out / STATE, resume, progress)
+        result = run_stages(loaded.model, sources, config, origin, Judge(), workplace)
+    if not result.is_main:
+        return
+    with console.status("Exporting and checking the ONNX file"):
+        content = result.export(out)
+    shutil.rmtree(out / STATE)
+    print_summary(content, console)
+    console.print(f"Written to [bold]{out}[/bold]: {', '.join(content['files'])}", highlight=False)
+
+
+def _print_start(console: Any, file: Path, loaded: "Loaded", record: Any, config: RunConfig) -> None:
+    told = f"{file.name}: {loaded.architecture or type(loaded.model).__name__} on {record.name}"
+    counts = (
+        f"{record.train:,} training, {record.validation:,} validation, {record.test or 0:,} test examples"
+    )
+    console.print(f"[bold]{told}[/bold]  ({counts}); mode {config.mode}", highlight=False)
+    if record.validation_held_out is not True:
+        console.print(
+            "[yellow]Warning:[/yellow] the file does not say whether the network was trained on its "
+            "validation split; if it was, validation error and budgets look better than they are. "
+            "Pass data of your own: --validation PATH",
+            highlight=False,
+        )
+
+
+def _prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """An output folder that is new, asked to be replaced, or holds an unfinished run to go on from.
+
+    Raises:
+        ConfigError: it exists and nobody said what to do with it.
+    """
+    state = out / STATE
+    if out.exists() and not out.is_dir():
+        raise ConfigError("run", f"--out '{out}' is a file.", "Name a folder.")
+    if resume and not state.is_dir():
+        raise ConfigError(
+            "run", f"there is no unfinished run in '{out}' to resume.", "Start one without --resume."
+        )
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        if not overwrite:
+            what = "an unfinished run" if state.is_dir() else "files"
+            go_on = "--resume to go on, " if state.is_dir() else ""
+            raise ConfigError(
+                "run",
+                f"folder '{out}' exists and holds {what}.",
+                f"{go_on}--overwrite to replace it, or --out DIR",
+            )
+        _remove_results(out)
+    state.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_results(out: Path) -> None:
+    """Remove what a run wrote, and nothing else that a user may keep in the folder."""
+    for name in ("model.onnx", "slim.safetensors", "report.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    if (out / STATE).is_dir():
+        shutil.rmtree(out / STATE)

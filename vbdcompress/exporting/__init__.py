@@ -1,0 +1,1 @@
+"""Files that leave the toolkit: ONNX for serving, safetensors for training on."""

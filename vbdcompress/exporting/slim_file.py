@@ -1,0 +1,152 @@
+"""The slim torch network on disk: safetensors with the removal plan. Never a pickle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vbdcompress.architectures import build_architecture
+from vbdcompress.errors import LoadError
+from vbdcompress.files import replacing
+from vbdcompress.records import InputSpec
+from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
+
+FORMAT, VERSION = "vbdcompress.slim", "1"
+MASK, VALUES = ".mask", ".values"
+
+
+@dataclass(frozen=True)
+class SlimFile:
+    """What stands in a slim file beside its tensors.
+
+    Attributes:
+        plans: removal plans in the order in which they were applied: one a stage.
+        architecture, arguments: how the original network is built; None where it was the user's object.
+        data: name of the data set; None where it was the user's loader.
+        input: shape and normalisation.
+    """
+
+    plans: tuple[RemovalPlan, ...]
+    architecture: str | None
+    arguments: dict[str, Any]
+    data: str | None
+    input: InputSpec
+
+
+def save_slim(path: Path, model: nn.Module, header: SlimFile) -> None:
+    """Write a slim network. Tensors that are mostly zeros are stored as their nonzeros and a bit mask."""
+    tensors: dict[str, Tensor] = {}
+    dtypes: dict[str, list[Any]] = {}
+    for name, tensor in _state(model).items():
+        if tensor.dim() and tensor.count_nonzero() < 0.8 * tensor.numel():
+            mask = tensor.flatten() != 0
+            tensors[name + MASK] = torch.from_numpy(np.packbits(mask.numpy()))
+            tensors[name + VALUES] = tensor.flatten()[mask].contiguous()
+            dtypes[name] = list(tensor.shape)
+        else:
+            tensors[name] = tensor.contiguous()
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "plans": json.dumps([plan.to_json() for plan in header.plans]),
+        "architecture": json.dumps(header.architecture),
+        "arguments": json.dumps(header.arguments),
+        "data": json.dumps(header.data),
+        "input": json.dumps(asdict(header.input)),
+        "sparse_shapes": json.dumps(dtypes),
+    }
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict on the CPU, each shared tensor once, under its first name."""
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or key not in seen:
+            seen.add(key)
+            state[name] = tensor.detach().cpu()
+    return state
+
+
+def read_slim(path: Path) -> tuple[SlimFile, dict[str, Tensor]]:
+    """Header and tensors of a slim file. Raises LoadError where it is none, or damaged."""
+    where = f"file '{path}'"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LoadError(where, f"can't be read as safetensors: {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        raise LoadError(
+            where,
+            f"is {metadata.get('format')!r} version {metadata.get('version')!r}, "
+            f"expected {FORMAT!r} version {VERSION!r}.",
+        )
+    content = {key: json.loads(value) for key, value in metadata.items() if key not in ("format", "version")}
+    spec = content["input"]
+    header = SlimFile(
+        tuple(RemovalPlan.from_json(plan) for plan in content["plans"]),
+        content["architecture"],
+        content["arguments"],
+        content["data"],
+        InputSpec(tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["name"]),
+    )
+    return header, _unpack(stored, content["sparse_shapes"])
+
+
+def _unpack(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    tensors = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name.removesuffix(MASK).removesuffix(VALUES) not in shapes
+    }
+    for name, shape in shapes.items():
+        values = stored[name + VALUES]
+        dense = values.new_zeros(int(np.prod(shape)))
+        bits = np.unpackbits(stored[name + MASK].numpy())[: dense.numel()]
+        dense[torch.from_numpy(bits.astype(bool))] = values
+        tensors[name] = dense.view(shape)
+    return tensors
+
+
+def load_slim(path: str | Path, model: nn.Module | None = None, *, arch: str | None = None) -> nn.Module:
+    """The slim network as a module that runs and trains on.
+
+    Args:
+        path: a slim.safetensors file.
+        model: a freshly built original network, cut in place; None builds the architecture that
+            the file names.
+        arch: overrides the architecture in the file; may run code of its choosing.
+    Raises:
+        LoadError: the file is damaged, names no architecture, or does not fit the network.
+    """
+    header, tensors = read_slim(Path(path))
+    if model is None:
+        name = arch or header.architecture
+        if name is None:
+            raise LoadError(
+                f"file '{path}'",
+                "does not name its architecture: the network was compressed from Python.",
+                "Pass a freshly built original: load_slim(path, model=MyNetwork())",
+            )
+        model = build_architecture(name, header.arguments, trusted=arch is not None)
+    for plan in header.plans:
+        apply_plan_(model, plan)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = set(model.state_dict()) - set(_state(model))
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise LoadError(
+            f"file '{path}'", f"does not fit the network: missing {missing}, not known {unexpected}."
+        )
+    return model.eval()

@@ -1,0 +1,207 @@
+"""load: a trained network from a file, running no code from it unless told to."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.architectures import build_architecture
+from vbdcompress.errors import LoadError
+from vbdcompress.exporting.slim_file import load_slim, read_slim
+from vbdcompress.files import load_tensors, save_tensors
+from vbdcompress.records import InputSpec
+
+FORMAT, VERSION = "vbdcompress.checkpoint", 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network from a file, and what the file says of it.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        architecture, arguments: how it is built; None where it came as an object.
+        data: name of its data set; None where the file does not say.
+        input: shape and normalisation; None where the file does not say.
+        validation: {"fraction", "seed"} of the split that its training left out; None where the
+            file does not say, so the split may have been trained on.
+        training: how it was trained, as the file says it.
+    """
+
+    model: nn.Module
+    architecture: str | None = None
+    arguments: Mapping[str, Any] | None = None
+    data: str | None = None
+    input: InputSpec | None = None
+    validation: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
+
+
+def load(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    unsafe_pickle: bool = False,
+) -> Loaded:
+    """A network from a .pt or slim .safetensors file.
+
+    Args:
+        path: a checkpoint of `vbdcompress train`, a bare state_dict (then `arch` is needed), or a
+            slim file.
+        arch: name of the architecture; see `build_architecture`. Overrides the file's.
+        arguments: of the architecture's builder.
+        unsafe_pickle: also read a whole pickled nn.Module, which runs code from the file.
+    Raises:
+        LoadError: the file is missing, damaged, not safe, or does not fit its architecture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoadError(f"file '{path}'", "does not exist." + _nearest_file(path))
+    if path.suffix == ".safetensors":
+        header, _ = read_slim(path)
+        model = load_slim(path, arch=arch)
+        return Loaded(model, header.architecture, header.arguments, header.data, header.input)
+    content = _read_pt(path, unsafe_pickle)
+    if isinstance(content, nn.Module):
+        return Loaded(content.cpu().eval())
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        return _from_checkpoint(path, content, arch)
+    state = _find_state_dict(path, content)
+    if arch is None:
+        raise LoadError(
+            f"file '{path}'",
+            f"holds {len(state)} tensors but does not name its architecture.",
+            "Name it: --arch lenet5, torchvision:resnet18, package.module:function or file.py:function",
+        )
+    model = build_architecture(arch, arguments, trusted=True)
+    _load_state(path, arch, model, state)
+    return Loaded(model.eval(), arch, dict(arguments or {}))
+
+
+def save_checkpoint(path: Path, loaded: Loaded) -> None:
+    """Write a checkpoint that names its architecture, data set, normalisation and validation split."""
+    assert loaded.input is not None
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "arch": loaded.architecture,
+        "arguments": dict(loaded.arguments or {}),
+        "data": loaded.data,
+        "input": {
+            "name": loaded.input.name,
+            "shape": list(loaded.input.shape),
+            "mean": list(loaded.input.mean),
+            "std": list(loaded.input.std),
+        },
+        "validation": dict(loaded.validation or {}),
+        "training": dict(loaded.training or {}),
+        "state_dict": {name: tensor.cpu() for name, tensor in loaded.model.state_dict().items()},
+    }
+    save_tensors(path, content)
+
+
+def _read_pt(path: Path, unsafe_pickle: bool) -> Any:
+    where = f"file '{path}'"
+    if path.suffix == ".pt2":
+        raise LoadError(
+            where,
+            "is a torch.export program, which has no layers left to convert.",
+            "Save the network's state_dict and name its architecture: --arch package.module:function",
+        )
+    try:
+        return load_tensors(path)
+    except pickle.UnpicklingError as error:
+        if unsafe_pickle:
+            return _read_pickle(path)
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it names '{found[1]}'" if found else str(error).splitlines()[0]
+        raise LoadError(
+            where,
+            f"is a pickle that would run code when read ({what}); it was not read.",
+            "Save a state_dict instead: torch.save(model.state_dict(), path). If you trust the file as "
+            "you trust a program: --unsafe-pickle",
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (OSError, RuntimeError, EOFError, AttributeError, ImportError, pickle.UnpicklingError) as error:
+        raise LoadError(f"file '{path}'", f"can't be unpickled: {error}") from error
+
+
+def _from_checkpoint(path: Path, content: Mapping[str, Any], arch: str | None) -> Loaded:
+    where = f"file '{path}'"
+    if content.get("version") != VERSION:
+        raise LoadError(where, f"is checkpoint version {content.get('version')!r}, expected {VERSION}.")
+    missing = [key for key in ("arch", "state_dict") if key not in content]
+    if missing:
+        raise LoadError(where, f"is a checkpoint without {', '.join(missing)}.")
+    name, arguments = arch or content["arch"], content.get("arguments") or {}
+    model = build_architecture(name, arguments, trusted=arch is not None)
+    _load_state(path, name, model, content["state_dict"])
+    spec = content.get("input")
+    return Loaded(
+        model.eval(),
+        name,
+        arguments,
+        content.get("data"),
+        InputSpec(tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["name"])
+        if spec
+        else None,
+        content.get("validation") or None,
+        content.get("training") or None,
+    )
+
+
+def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
+    """The state_dict in a file: bare, or under the keys that training scripts use."""
+    if isinstance(content, Mapping):
+        for key in ("state_dict", "model_state_dict", "model", "net"):
+            if isinstance(content.get(key), Mapping):
+                return _find_state_dict(path, content[key])
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return content
+    kinds = type(content).__name__
+    if isinstance(content, Mapping):
+        kinds += f" with keys {', '.join(map(str, list(content)[:8]))}"
+    raise LoadError(
+        f"file '{path}'",
+        f"holds a {kinds}, not the weights of a network.",
+        "Allowed: a state_dict, or a dict that has one under 'state_dict' or 'model'.",
+    )
+
+
+def _load_state(path: Path, arch: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    expected = model.state_dict()
+    if not set(state) & set(expected):  # DataParallel puts "module." before every name
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    problems = [
+        f"{what}: {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        for what, keys in (("missing", missing), ("not known", unknown), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise LoadError(f"file '{path}'", f"does not fit architecture '{arch}'; {'; '.join(problems)}.")
+    model.load_state_dict(state)
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    near = get_close_matches(path.name, names, n=1)
+    return f" Did you mean '{folder / near[0]}'?" if near else ""

@@ -1,0 +1,203 @@
+"""report.html: one page without scripts or outside resources, rendered from the report's JSON alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vbdcompress.reporting import formatting
+from vbdcompress.reporting.charts import (
+    MAX_BARS,
+    choose_bars,
+    choose_curve_field,
+    cut_error_axis,
+    draw_bars,
+    draw_curve,
+    find_chosen,
+)
+from vbdcompress.reporting.fit_charts import choose_histograms, draw_error, draw_histogram, draw_objective
+
+MAX_CURVE_ROWS = 11
+SECTION_ROWS = 30  # a longer table starts folded
+FILTERS = {
+    "count": formatting.format_count,
+    "filesize": formatting.format_bytes,
+    "ratio": formatting.format_ratio,
+    "percent": formatting.format_percent,
+    "ms": formatting.format_ms,
+    "difference": formatting.format_difference,
+    "duration": formatting.format_seconds,
+    "threshold": formatting.format_threshold,
+    "change": formatting.format_change,
+}
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """The report as one self-contained HTML page; the same report gives the same bytes.
+
+    Args:
+        report: the content of report.json (schema_version 1). Everything in it is escaped.
+    Returns:
+        the page; save as UTF-8.
+    Raises:
+        jinja2.UndefinedError, KeyError: a field of the schema is missing.
+    """
+    environment = Environment(
+        loader=PackageLoader("vbdcompress.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FILTERS, setting=format_setting, shape=format_shape)
+    environment.globals.update(points=formatting.format_points, divide=formatting.divide_sizes)
+    template = environment.get_template("report.html")
+    return template.render(
+        report=report,
+        source=report["source"] and hide_folder(report["source"]),
+        stages=_prepare_stages(report),
+        layers=_prepare_layers(report["layers"]),
+        training=_prepare_training(report),
+        snippet=write_snippet(report) if report["export"] else "",
+        section_rows=SECTION_ROWS,
+    )
+
+
+def hide_folder(path: str) -> str:
+    """A relative path as it is; of an absolute one only the name, which says nothing of the machine."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(path).is_absolute():
+            return kind(path).name
+    return path
+
+
+def format_setting(value: Any) -> str:
+    """An option's value for a reader: None -> '–', True -> 'yes', ['a', 'b'] -> 'a, b'."""
+    if value is None or value in ("", [], {}):
+        return formatting.MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(format_setting(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {format_setting(item)}" for name, item in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def format_shape(shape: Sequence[int] | None) -> str:
+    """[16, 1, 3, 3] -> '16×1×3×3'; None and [] -> '–'."""
+    return formatting.TIMES.join(str(length) for length in shape) if shape else formatting.MISSING
+
+
+def write_snippet(report: Mapping[str, Any]) -> str:
+    """Python that feeds the ONNX file as the network was trained: a batch of one, normalised."""
+    spec = report["input"]
+    file = next((name for name in report["files"] if name.endswith(".onnx")), "model.onnx")
+    shape = ", ".join(str(length) for length in [1, *spec["shape"]])
+    lines = [
+        "import numpy as np, onnxruntime",
+        "",
+        "# your batch, " + ("values scaled to [0, 1]" if spec["mean"] else "normalised as in training"),
+        f"x = np.zeros(({shape}), np.float32)",
+    ]
+    if spec["mean"]:
+        for name in ("mean", "std"):
+            values = ", ".join(f"{value:.6g}" for value in spec[name])
+            lines.append(f"{name} = np.reshape([{values}], (-1{', 1' * (len(spec['shape']) - 1)}))")
+        lines.append("x = ((x - mean) / std).astype(np.float32)")
+    lines.append(f"session = onnxruntime.InferenceSession({json.dumps(file)})")
+    lines.append(f"output = session.run(None, {{{json.dumps(spec['name'])}: x}})[0]")
+    if report["data"] and report["data"]["classes"]:
+        lines.append("best = output.argmax(axis=1)  # index of the class")
+    return "\n".join(lines)
+
+
+def _prepare_stages(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each stage its charts and the few rows of its curve that the page shows."""
+    return [
+        {
+            **stage,
+            "curve_svg": Markup(draw_curve(stage, report["size"]["before"], f"curve{number}")),
+            "curve_rows": _thin_curve(stage["curve"], stage["selection"]),
+            "curve_field": choose_curve_field(stage["selection"]),
+            "curve_note": _note_cut(stage),
+            "histograms": _prepare_histograms(stage, number),
+            "converted": sum(row["action"] == "converted" for row in stage["table"]),
+        }
+        for number, stage in enumerate(report["stages"])
+    ]
+
+
+def _thin_curve(curve: Sequence[Mapping[str, Any]], selection: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """At most about MAX_CURVE_ROWS points, evenly spread, always with both ends and the chosen one."""
+    ordered = sorted(curve, key=lambda point: -point["size"]["nonzeros"])
+    chosen = find_chosen(ordered, selection)
+    step = max((len(ordered) - 1) / (MAX_CURVE_ROWS - 1), 1)
+    wanted = {round(place * step) for place in range(MAX_CURVE_ROWS)}
+    return [
+        {**point, "is_chosen": point is chosen}
+        for place, point in enumerate(ordered)
+        if place in wanted or point is chosen
+    ]
+
+
+def _note_cut(stage: Mapping[str, Any]) -> str:
+    if not stage["curve"]:
+        return ""
+    top = cut_error_axis(stage["curve"], stage["selection"])
+    above = sum(point["error"] > top for point in stage["curve"])
+    if not above:
+        return ""
+    points = "1 point lies" if above == 1 else f"{above} points lie"
+    return f"{points} above {formatting.format_percent(top)} and outside the picture."
+
+
+def _prepare_histograms(stage: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    record, threshold = stage["log_alpha"], stage["selection"]["threshold"]
+    return [
+        {
+            "name": layer["name"],
+            "kind": layer["kind"],
+            "total": sum(layer["counts"]),
+            "svg": Markup(
+                draw_histogram(
+                    record["edges"], layer["counts"], threshold, layer["name"], f"alpha{number}-{place}"
+                )
+            ),
+        }
+        for place, layer in enumerate(choose_histograms(record["layers"]))
+    ]
+
+
+def _prepare_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The two bar charts, and how many layers each leaves out."""
+    charts = []
+    for field in ("nonzeros", "macs"):
+        sized = sum(bool(layer["before"][field]) for layer in layers)
+        charts.append(
+            {
+                "field": field,
+                "svg": Markup(draw_bars(layers, field, f"bars-{field}")),
+                "sized": sized,
+                "left_out": sized - len(choose_bars(layers, field)),
+            }
+        )
+    return {"charts": [chart for chart in charts if chart["svg"]], "limit": MAX_BARS}
+
+
+def _prepare_training(report: Mapping[str, Any]) -> dict[str, Any]:
+    segments = [(stage["mode"], stage["epochs"]) for stage in report["stages"]]
+    segments.append(("fine-tuning", report["finetune"]))
+    segments = [(name, rows) for name, rows in segments if rows]
+    baseline = report["errors"]["validation"]["before"] if report["errors"] else None
+    return {
+        "objective": Markup(draw_objective(segments, "objective")),
+        "error": Markup(draw_error(segments, baseline, "error")),
+        "segments": [
+            {"name": name, "epochs": len(rows), "seconds": sum(row["seconds"] for row in rows)}
+            for name, rows in segments
+        ],
+    }
