@@ -78,3 +78,9 @@ def assert_moments() -> Callable[..., None]:
         assert ((draws.var(0) - variance).abs() <= 5 * variance_error + 1e-12).all()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """The committed networks."""
+    return Path(__file__).parents[1] / "zoo"

@@ -48,19 +48,23 @@ class Recorder:
 
 
 def test_fit_learns_digits(digits: DataSet, convert: Convert) -> None:
-    model = convert(build_architecture("digits"))
-    result = fit(
-        model,
-        digits.train_batches(100, seed=0, augment="crop"),
-        settings(epochs=4, lr=3e-3, lr_log_sigma2=3e-2),
-        validation=digits.validation_batches(),
-        threshold=3.0,
-    )
+    torch.manual_seed(0)
+    model, batches = build_architecture("digits"), digits.train_batches(100, seed=0)
+    validation = digits.validation_batches()
+    rows = fit(model, batches, settings(epochs=6, lr=3e-3), validation=validation).epochs
+    assert rows[-1].nll < 0.3 * rows[0].nll
+    assert rows[-1].error is not None
+    assert rows[-1].error < 10.0
+    config = settings(epochs=5, lr=1e-3, lr_log_sigma2=0.05, beta=0.2)
+    result = fit(convert(model), batches, config, validation=validation, threshold=3.0)
     first, last = result.epochs[0], result.epochs[-1]
-    assert last.nll < 0.5 * first.nll
-    assert last.kl < first.kl
+    assert last.kl < 0.8 * first.kl
+    assert last.nll < 1.0
     assert last.error is not None
-    assert last.error < 20.0
+    assert last.error < 15.0
+    assert last.sparsity is not None
+    assert first.sparsity is not None
+    assert last.sparsity > first.sparsity
     assert result.model is model
     assert not model.training
     assert result.is_main
@@ -206,7 +210,7 @@ def test_fit_takes_the_users_loader(
 ) -> None:
     loader = user_loader(small_batches, shuffle=True) if kind == "loader" else list(small_batches)
     rows = fit(convert(make_network()), loader, settings(epochs=25, lr=0.03), validation=loader).epochs
-    assert rows[-1].nll < 0.8 * rows[0].nll
+    assert rows[-1].nll < 0.9 * rows[0].nll
     assert rows[0].kl == pytest.approx(rows[1].kl, rel=0.5)
     assert rows[-1].error is not None
 
@@ -231,7 +235,7 @@ def test_fit_keeps_exactly_the_zero_weights(small_batches: TensorBatches, make_n
     def run(keep_zeros: bool) -> tuple[nn.Module, Tensor]:
         model = make_network()
         with torch.no_grad():
-            model[0].weight[::2] = 0.0
+            model[0].weight[:, ::2] = 0.0
             model[0].bias.zero_()
         zero = model[0].weight == 0
         fit(model, small_batches, settings(epochs=3, lr=0.01), keep_zeros=keep_zeros)
@@ -260,17 +264,18 @@ def test_fit_clips_the_gradient(small_batches: TensorBatches, make_network: Make
     assert max((ours - theirs).abs().max().item() for ours, theirs in pairs) < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "16-mixed"])
 def test_fit_in_other_precisions(
     small_batches: TensorBatches, make_network: Make, convert: Convert, precision: str
 ) -> None:
     model = convert(make_network())
-    config = settings(epochs=10, lr=0.03, precision=precision)
+    config = settings(epochs=10, lr=0.03, precision=precision, clip_norm=5.0)
     rows = fit(model, small_batches, config, validation=small_batches).epochs
     assert rows[-1].nll < 0.9 * rows[0].nll
     exact = fit(convert(make_network()), small_batches, settings(epochs=10, lr=0.03)).epochs
-    assert rows[0].kl == pytest.approx(exact[0].kl, rel=1e-3)
+    assert rows[0].kl == pytest.approx(exact[0].kl, rel=0.02)
     assert rows[0].nll == pytest.approx(exact[0].nll, rel=0.05)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # as it came
 
 
 def test_fit_takes_a_run_configuration(small_batches: TensorBatches, make_network: Make) -> None:

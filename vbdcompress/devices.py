@@ -1,8 +1,10 @@
 """Devices, precision and processes: all that the package asks of Lightning Fabric."""
 
+import atexit
 import os
 import warnings
 
+import torch.distributed
 from lightning_fabric import Fabric
 
 from vbdcompress.config import FitConfig
@@ -48,4 +50,17 @@ def start_fabric(config: FitConfig) -> Fabric:
             f"{devices * nodes} were asked for, {fabric.world_size} are running.",
             "Check torchrun's flags.",
         )
+    if fabric.world_size > 1:
+        atexit.unregister(_leave_processes)
+        atexit.register(_leave_processes)
     return fabric
+
+
+def _leave_processes() -> None:
+    """At exit, not after a fit: the next fit joins the same processes.
+
+    Without it a process may abort at exit on gloo ("terminate called without an active
+    exception"), and torchrun then kills the others, whatever they are still writing.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -2,6 +2,10 @@
 
 import os
 import pickle
+import shutil
+import tempfile
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +14,14 @@ from typing import Any
 import torch
 
 from vbdcompress.errors import LoadError
+
+
+class Scratch:
+    """A temporary folder that goes when this object does, at the end of the process at the latest."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vbdcompress-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 @contextmanager
@@ -43,7 +55,10 @@ def load_tensors(path: Path) -> Any:
         pickle.UnpicklingError: it names a class or function to call, and was not read further.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of pickle protocols before it refuses what they hold
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):
             raise

@@ -1,8 +1,8 @@
 """fit: train a network on the ELBO; without a posterior in it, on the plain loss."""
 
 import math
-import time
 import pickle
+import time
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ from vbdcompress.records import EpochRow
 from vbdcompress.vbd.elbo import ELBO, beta_at
 from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, set_threshold_
 
-CHECKPOINT_SECONDS = 20.0
-START_ANEW = "Resume with the same network and options, or start anew with --overwrite."
+CHECKPOINT_SHARE = 0.05
+START_ANEW = "Resume with the same options, or start anew with --overwrite."
 
 
 class Listener(Protocol):
@@ -52,11 +52,22 @@ class FitResult:
 
 @dataclass(frozen=True)
 class FitCheckpoint:
-    """Where a fit keeps its state, and whether it goes on from what is there."""
+    """Where a fit keeps its state, and whether it goes on from what is there.
+
+    Attributes:
+        path: of the file; written after the last epoch and after others as they are due.
+        resume: go on from the file where there is one.
+        every_seconds: between two writes; None takes 20 times what the last write took, so that
+            small networks are kept after each epoch and large ones lose at most 5 % of the time.
+    """
 
     path: Path
     resume: bool = False
-    every_seconds: float = CHECKPOINT_SECONDS
+    every_seconds: float | None = None
+
+    def due(self, since: float, cost: float) -> bool:
+        """Whether to write, `since` seconds after the last write, which took `cost` seconds."""
+        return since >= (cost / CHECKPOINT_SHARE if self.every_seconds is None else self.every_seconds)
 
 
 def fit(
@@ -108,14 +119,14 @@ def fit(
         rows = state.restore(checkpoint)
         if listener is not None and fabric.is_global_zero:
             listener.on_start(_title(model, len(rows)), config.epochs)
-        saved = time.monotonic()
+        saved, time_saved, cost = len(rows), time.monotonic(), 0.0
         for epoch in range(len(rows), config.epochs):
             nll, kl, seconds = run.epoch(epoch, listener)
-            _check_finite(epoch, nll, kl, model, has_checkpoint=checkpoint is not None and bool(rows))
+            _check_finite(epoch, nll, kl, model, saved)
             set_threshold_(model, threshold)
             error = None
             if validation is not None:
-                error = measure_error(model, _cast(validation, config), metric)
+                error = measure_error(model, _cast(validation, fabric, config), metric)
             row = EpochRow(
                 epoch + 1,
                 nll,
@@ -129,12 +140,16 @@ def fit(
             )
             rows.append(row)
             last = epoch + 1 == config.epochs
-            if checkpoint and (last or time.monotonic() - saved >= checkpoint.every_seconds):
+            if checkpoint and (last or checkpoint.due(time.monotonic() - time_saved, cost)):
+                started = time.monotonic()
                 state.save(checkpoint, rows)
-                saved = time.monotonic()
+                saved, time_saved = len(rows), time.monotonic()
+                cost = time_saved - started
             if listener is not None and fabric.is_global_zero:
                 listener.on_epoch(row, config.epochs)
-    model.to(dtype).eval()
+    if config.precision == "64-true":
+        model.to(dtype)
+    model.eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero)
 
 
@@ -213,7 +228,9 @@ class _Run:
 
 def _set_epoch(batches: Any, epoch: int) -> None:
     """Tell whatever decides the order of the examples which epoch it is."""
-    parts = (batches.sampler, batches.batch_sampler) if isinstance(batches, DataLoader) else (batches,)
+    parts: list[Any] = [batches]
+    if isinstance(batches, DataLoader):
+        parts = [batches.sampler, batches.batch_sampler]
     for part in parts:
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
@@ -227,24 +244,28 @@ def _count_steps(batches: Any) -> int | None:
         return None
 
 
-def _check_finite(epoch: int, nll: float, kl: float, model: nn.Module, *, has_checkpoint: bool) -> None:
-    """The last step's gradient may spoil the parameters after its loss was still finite."""
+def _check_finite(epoch: int, nll: float, kl: float, model: nn.Module, saved: int) -> None:
+    """The last step's gradient may spoil the parameters after its loss was still finite.
+
+    Args:
+        saved: number of epochs after which the last checkpoint was written; 0 where there is none.
+    """
     finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
     if math.isfinite(nll) and math.isfinite(kl) and bool(finite):
         return
     what = f"the loss or the parameters are not finite (NLL {nll:g}, KL {kl:g})"
     raise FitError(
         f"fit: epoch {epoch + 1}",
-        what + ("; the last good checkpoint is kept." if has_checkpoint else "."),
+        what + (f"; the checkpoint after epoch {saved} is kept." if saved else "."),
         "Lower --lr, set --clip-norm 1, or look for NaN in the data.",
     )
 
 
-def _cast(batches: Iterable[Any], config: FitConfig) -> Iterator[Any]:
+def _cast(batches: Iterable[Any], fabric: Fabric, config: FitConfig) -> Iterator[Any]:
     """In double precision the network takes double inputs; Fabric sees to it in training only."""
     dtype = torch.float64 if config.precision == "64-true" else None
     for inputs, target in batches:
-        yield to_device(inputs, torch.device("cpu"), dtype) if dtype else inputs, target
+        yield to_device(inputs, fabric.device, dtype), target
 
 
 def _make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:

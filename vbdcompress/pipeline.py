@@ -1,7 +1,6 @@
 """compress: the whole way, a line a stage."""
 
 import copy
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from vbdcompress.exporting.export import export
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile
+from vbdcompress.files import Scratch
 from vbdcompress.fitting import FitCheckpoint, Listener, fit
 from vbdcompress.records import CurvePoint, EpochRow, InputSpec, Selection, Size
 from vbdcompress.reporting.build import (
@@ -36,6 +36,7 @@ from vbdcompress.reporting.build import (
 )
 from vbdcompress.reporting.write import write_report
 from vbdcompress.slimming import (
+    CURVE_THRESHOLDS,
     DEFAULT_THRESHOLD,
     Budget,
     make_budget,
@@ -47,6 +48,7 @@ from vbdcompress.slimming import (
 from vbdcompress.surgery.slice import RemovalPlan
 
 SAMPLES = 64
+ORIGINAL_FILE = "original.onnx"
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,17 @@ class Result:
         model: slim, an ordinary nn.Module in eval mode.
         report: the content of report.json; export and latency are null until `export`.
         original: the network that came in, for comparison.
+        scratch: folder with its ONNX file, for comparison too; gone when this object is.
         plans: removal plans, one a stage.
+        samples: the first inputs of the training loader, what the files are checked on.
+        header: what slim.safetensors says beside its tensors.
         is_main: False in all but one of several processes: only the main one should write.
     """
 
     model: nn.Module
     report: dict[str, Any]
     original: nn.Module
+    scratch: Scratch
     plans: tuple[RemovalPlan, ...]
     samples: Tensor
     header: SlimFile
@@ -125,10 +131,7 @@ class Result:
         """
         folder = Path(folder)
         check = export(self.model, folder, self.samples, self.header)
-        with tempfile.TemporaryDirectory() as scratch:
-            original = Path(scratch) / "original.onnx"
-            export_onnx(self.original, original, self.samples, input_name=self.header.input.name)
-            latency = measure_latency(original, folder / "model.onnx", self.samples)
+        latency = measure_latency(self.scratch.folder / ORIGINAL_FILE, folder / "model.onnx", self.samples)
         content = with_export(self.report, check, latency)
         write_report(content, folder)
         return content
@@ -204,7 +207,8 @@ def run_stages(
     fabric = start_fabric(config)
     original = copy.deepcopy(model).cpu().eval()
     samples = _first_inputs(sources.train)[:SAMPLES].cpu()
-    before = _original_size(original, samples)
+    scratch = Scratch()
+    before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
     run = _Run(sources, config, judge, workplace, before, fabric.device)
     baseline = run.error(original, sources.validation)
     current, plans, stages = original, [], []
@@ -232,7 +236,7 @@ def run_stages(
     )
     after = measure_size(current, samples[:2], before.bytes - FLOAT_BYTES * before.parameters)
     content = report(original, current, samples[:2], (before, after), context)
-    return Result(current, content, original, tuple(plans), samples, header, fabric.is_global_zero)
+    return Result(current, content, original, scratch, tuple(plans), samples, header, fabric.is_global_zero)
 
 
 class _Run:
@@ -293,6 +297,7 @@ class _Run:
             lambda candidate: self.error(candidate, sources.validation),
             prepare=self.prepare,
             graph_bytes=self.original.bytes - FLOAT_BYTES * self.original.parameters,
+            thresholds=(*CURVE_THRESHOLDS, _log_threshold(config, mode)),
         )
         selection = self._select(curve, mode, number, baseline)
         slimmed = slim(converted, selection.threshold)
@@ -379,10 +384,9 @@ def _first_inputs(loader: Iterable[Any]) -> Tensor:
     return inputs
 
 
-def _original_size(model: nn.Module, samples: Tensor) -> Size:
+def _original_size(model: nn.Module, path: Path, samples: Tensor, input_name: str) -> Size:
     """Size of the network that came in; its bytes are those of its own ONNX file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        check = export_onnx(model, Path(scratch) / "original.onnx", samples)
+    check = export_onnx(model, path, samples, input_name=input_name)
     return replace(measure_size(model, samples[:2]), bytes=check.bytes)
 
 

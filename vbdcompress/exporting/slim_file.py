@@ -18,7 +18,7 @@ from vbdcompress.files import replacing
 from vbdcompress.records import InputSpec
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
 
-FORMAT, VERSION = "vbdcompress.slim", "1"
+FORMAT, VERSION = "vbdcompress.slim", 1
 MASK, VALUES = ".mask", ".values"
 
 
@@ -43,25 +43,26 @@ class SlimFile:
 def save_slim(path: Path, model: nn.Module, header: SlimFile) -> None:
     """Write a slim network. Tensors that are mostly zeros are stored as their nonzeros and a bit mask."""
     tensors: dict[str, Tensor] = {}
-    dtypes: dict[str, list[Any]] = {}
+    shapes: dict[str, list[int]] = {}
     for name, tensor in _state(model).items():
         if tensor.dim() and tensor.count_nonzero() < 0.8 * tensor.numel():
             mask = tensor.flatten() != 0
             tensors[name + MASK] = torch.from_numpy(np.packbits(mask.numpy()))
             tensors[name + VALUES] = tensor.flatten()[mask].contiguous()
-            dtypes[name] = list(tensor.shape)
+            shapes[name] = list(tensor.shape)
         else:
             tensors[name] = tensor.contiguous()
-    metadata = {
-        "format": FORMAT,
+    content = {
         "version": VERSION,
-        "plans": json.dumps([plan.to_json() for plan in header.plans]),
-        "architecture": json.dumps(header.architecture),
-        "arguments": json.dumps(header.arguments),
-        "data": json.dumps(header.data),
-        "input": json.dumps(asdict(header.input)),
-        "sparse_shapes": json.dumps(dtypes),
+        "plans": [plan.to_json() for plan in header.plans],
+        "architecture": header.architecture,
+        "arguments": header.arguments,
+        "data": header.data,
+        "input": asdict(header.input),
+        "sparse_shapes": shapes,
     }
+    # One entry: safetensors writes several in random order, and equal runs should give equal files
+    metadata = {FORMAT: json.dumps(content)}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata=metadata)
 
@@ -86,13 +87,10 @@ def read_slim(path: Path) -> tuple[SlimFile, dict[str, Tensor]]:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise LoadError(where, f"can't be read as safetensors: {error}") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        raise LoadError(
-            where,
-            f"is {metadata.get('format')!r} version {metadata.get('version')!r}, "
-            f"expected {FORMAT!r} version {VERSION!r}.",
-        )
-    content = {key: json.loads(value) for key, value in metadata.items() if key not in ("format", "version")}
+    content = json.loads(metadata.get(FORMAT, "{}"))
+    if content.get("version") != VERSION:
+        found = f"version {content['version']}" if content else "of another kind"
+        raise LoadError(where, f"is {found}, expected {FORMAT} version {VERSION}.")
     spec = content["input"]
     header = SlimFile(
         tuple(RemovalPlan.from_json(plan) for plan in content["plans"]),

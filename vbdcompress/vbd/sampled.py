@@ -18,14 +18,20 @@ class SampledWeight(HasPosterior, nn.Module):
 
     theta is the parametrized tensor's `original`. One draw serves the whole batch, so gradients
     are noisier than with the local reparameterisation of `vbd.layers`.
+
+    Args:
+        theta: the parameter.
+        log_sigma2: initial log variance of each of its weights.
+        order: names of its module's parameters as they stood, to put them back in that order.
     """
 
-    def __init__(self, theta: Tensor, log_sigma2: float) -> None:
+    def __init__(self, theta: Tensor, log_sigma2: float, order: tuple[str, ...]) -> None:
         super().__init__()
         self.log_sigma2 = nn.Parameter(theta.detach().new_full(theta.shape, log_sigma2))
         self.threshold = KEEP_ALL
         # In a tuple: a second reference, not a second registration of the same parameter.
         self._theta = (theta,)
+        self.order = order
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         return self._theta[0], self.log_sigma2
@@ -39,8 +45,12 @@ class SampledWeight(HasPosterior, nn.Module):
 def attach_sampled_(module: nn.Module, name: str, log_sigma2: float) -> None:
     """Give the parameter `name` of `module` a sampled posterior, in place."""
     theta = getattr(module, name)
+    order = tuple(module._parameters)
+    if parametrize.is_parametrized(module):  # others of its parameters have left that dict already
+        first = next(iter(module.parametrizations.values()))[0]  # type: ignore[operator]
+        order = first.order if isinstance(first, SampledWeight) else order
     # unsafe: skips a trial call whose random draw could never equal the original
-    parametrize.register_parametrization(module, name, SampledWeight(theta, log_sigma2), unsafe=True)
+    parametrize.register_parametrization(module, name, SampledWeight(theta, log_sigma2, order), unsafe=True)
     if isinstance(module, nn.RNNBase):
         # torch's recurrent layers cache a list of their weights, which would stay at one draw. The
         # class is this module's own since it was parametrized; a hook that refills the cache would
@@ -54,11 +64,22 @@ def detach_sampled_(module: nn.Module, name: str) -> None:
     parametrization = module.parametrizations[name][0]  # type: ignore[index]
     assert isinstance(parametrization, SampledWeight)
     kept = parametrization.masked_theta().detach().clone()
+    _own_class_(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
         getattr(module, name).copy_(kept)
+    for earlier in parametrization.order:
+        if earlier in module._parameters:
+            module._parameters[earlier] = module._parameters.pop(earlier)
     if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
         module._flat_weights = _read_weights(module)
+
+
+def _own_class_(module: nn.Module) -> None:
+    """A class of its own: a deep copy shares its original's, from which torch would delete the parameter."""
+    shared = type(module)
+    content = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, content)
 
 
 def _read_weights(module: nn.RNNBase) -> list[Any]:

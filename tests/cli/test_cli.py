@@ -1,0 +1,262 @@
+"""The command line in this process: what it writes, prints and exits with."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.cli.console import FitProgress
+from vbdcompress.cli.main import COMMANDS, main
+
+FILES = ["model.onnx", "report.html", "report.json", "slim.safetensors"]
+QUICK = ["--epochs", "2", "--finetune-epochs", "1"]
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command; (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        try:
+            main([str(item) for item in arguments])
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, zoo):
+    out = tmp_path_factory.mktemp("cli") / "digits"
+    main(["run", str(zoo / "digits.pt"), "--out", str(out), *QUICK])
+    return out
+
+
+def test_run_writes_the_four_files_and_nothing_else(finished):
+    assert sorted(item.name for item in finished.iterdir()) == FILES
+    content = json.loads((finished / "report.json").read_text())
+    assert content["name"] == "digits"
+    assert content["data"]["validation_held_out"] is True
+    assert content["error_split"] == "test"
+    assert str(finished.parent) not in (finished / "report.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["", "model.onnx", "slim.safetensors"])
+def test_evaluate_prints_the_report_s_error(cli, finished, name):
+    told = json.loads((finished / "report.json").read_text())["error"]
+    code, out, _ = cli("evaluate", finished / name, "--json")
+    assert code == 0
+    assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
+
+
+def test_evaluate_of_the_zoo_prints_the_error_before(cli, finished, zoo):
+    told = json.loads((finished / "report.json").read_text())["errors"]
+    for split in ("test", "validation"):
+        _, out, _ = cli("evaluate", zoo / "digits.pt", "--json", "--split", split)
+        assert json.loads(out)["error"] == pytest.approx(told[split]["before"], abs=1e-9)
+
+
+def test_report_renders_again(cli, finished):
+    page = (finished / "report.html").read_text()
+    (finished / "report.html").unlink()
+    code, out, _ = cli("report", finished)
+    assert code == 0
+    assert "test error" in out
+    assert (finished / "report.html").read_text() == page
+
+
+def test_run_refuses_a_folder_that_is_there(cli, finished, zoo):
+    before = (finished / "report.json").read_bytes()
+    code, _, err = cli("run", zoo / "digits.pt", "--out", finished, *QUICK)
+    assert code == 2
+    assert "exists and holds files" in err
+    assert "--overwrite" in err
+    assert (finished / "report.json").read_bytes() == before
+
+
+def test_run_overwrites_its_own_files_and_keeps_others(cli, finished, zoo, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    (out / "notes.txt").write_text("mine")
+    code, _, _ = cli("run", zoo / "digits.pt", "--out", out, "--overwrite", "--seed", "5", *QUICK)
+    assert code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert json.loads((out / "report.json").read_text())["seed"] == 5
+
+
+def test_run_goes_on_after_ctrl_c_as_if_nothing_had_been(cli, zoo, tmp_path, monkeypatch):
+    options = ["--epochs", "6", "--finetune-epochs", "0", "--seed", "3"]
+    cli("run", zoo / "digits.pt", "--out", tmp_path / "unbroken", *options)
+    real = FitProgress.on_epoch
+
+    def interrupt(self, row, epochs):
+        real(self, row, epochs)
+        if row.epoch == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FitProgress, "on_epoch", interrupt)
+    code, _, err = cli("run", zoo / "digits.pt", "--out", tmp_path / "broken", *options)
+    assert code == 130
+    assert "--resume" in err
+    monkeypatch.setattr(FitProgress, "on_epoch", real)
+    code, _, err = cli("run", zoo / "digits.pt", "--out", tmp_path / "broken", *options)
+    assert code == 2
+    assert "unfinished run" in err
+    code, out, _ = cli("run", zoo / "digits.pt", "--out", tmp_path / "broken", "--resume", *options)
+    assert code == 0
+    assert "going on after epoch" in out
+    one, other = ((tmp_path / name / "slim.safetensors").read_bytes() for name in ("unbroken", "broken"))
+    assert one == other
+
+
+def test_run_takes_a_toml_and_flags_win(cli, zoo, tmp_path):
+    config = tmp_path / "quick.toml"
+    config.write_text('mode = "channels"\nepochs = 1\nfinetune_epochs = 0\nseed = 4\nbeta = 3.0\n')
+    code, _, _ = cli("run", zoo / "digits.pt", "--out", tmp_path / "out", "--config", config, "--seed", "7")
+    assert code == 0
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["config"]
+    assert (told["mode"], told["epochs"], told["seed"], told["beta"]) == ("channels", 1, 7, 3.0)
+    config.write_text("epoch = 1\n")
+    code, _, err = cli("run", zoo / "digits.pt", "--out", tmp_path / "x", "--config", config)
+    assert code == 2
+    assert "did you mean 'epochs'" in err
+
+
+def test_train_then_run_on_the_user_s_npz(cli, tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    images = generator.integers(0, 60, (120, 8, 8)).astype(np.uint8)
+    images[np.arange(120), labels] += 150
+    np.savez(tmp_path / "set.npz", images=images, labels=labels)
+    net = tmp_path / "net.pt"
+    code, _, err = cli(
+        "train",
+        "digits",
+        "--arch-arg",
+        "classes=3",
+        "--data",
+        tmp_path / "set.npz",
+        "--out",
+        net,
+        "--epochs",
+        "8",
+    )
+    assert (code, err) == (0, "")
+    code, _, err = cli(
+        "run", net, "--data", tmp_path / "set.npz", "--out", tmp_path / "out", "--mode", "channels", *QUICK
+    )
+    assert (code, err) == (0, "")
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["error_split"] == "validation"
+    assert content["data"]["classes"] == ["0", "1", "2"]
+
+
+def test_run_warns_where_the_file_does_not_say_its_split(cli, zoo, tmp_path):
+    state = torch.load(zoo / "digits.pt", weights_only=True)["state_dict"]
+    torch.save(state, tmp_path / "bare.pt")
+    out = tmp_path / "out"
+    code, printed, _ = cli(
+        "run", tmp_path / "bare.pt", "--arch", "digits", "--data", "digits", "--out", out, *QUICK
+    )
+    assert code == 0
+    assert "does not say whether the network was trained on its" in printed.replace("\n", " ")
+    assert "may have been trained" in json.loads((out / "report.json").read_text())["warnings"][0]
+
+
+def test_inspect_prints_layers_and_touches_nothing(cli, zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = cli("inspect", zoo / "digits.pt", "--prune-inputs", "--json")
+    assert code == 0
+    content = json.loads(out)
+    assert {row["name"] for row in content["table"] if row["action"] == "converted"} == {
+        "conv2",
+        "fc1",
+        "fc2",
+    }
+    assert content["size"]["parameters"] == 13754
+    assert "fc1 (inputs)" in {group["name"] for group in content["groups"]}
+    code, out, _ = cli("inspect", zoo / "digits.pt")
+    assert code == 0
+    assert "conv2" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_zoo_lists_networks(cli, zoo):
+    code, out, _ = cli("zoo", zoo)
+    assert code == 0
+    assert "digits.pt" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "nowhere.pt"], 1, "does not exist"),
+        (["run", "ZOO", "--data", "mnits"], 1, "did you mean 'mnist'"),
+        (["run", "ZOO", "--threshold", "3", "--max-params", "10%"], 2, "give one of them"),
+        (["run", "ZOO", "--max-params", "tenth"], 2, "neither a whole number nor a share"),
+        (["run", "ZOO", "--epochs", "many"], 2, "not a valid integer"),
+        (["run", "ZOO", "--mode", "units"], 2, "'units' is not one of"),
+        (["run", "ZOO", "--resume"], 2, "no unfinished run"),
+        (["run", "ZOO", "--skip", "conv9"], 1, "no layer is named 'conv9'"),
+        (["run", "ZOO", "--device", "gpu"], 1, "allowed are auto, cpu, cuda, mps"),
+        (["run", "ZOO", "--data", "mnist"], 1, "needs a folder"),
+        (["shrink"], 2, "No such command"),
+        (["evaluate", "nowhere.onnx"], 2, "does not exist"),
+        (["report", "."], 1, "can't be read"),
+        (["train", "lenet6", "--data", "digits", "--out", "x.pt"], 1, "did you mean 'lenet5'"),
+    ],
+)
+def test_wrong_use_is_one_clear_paragraph(cli, zoo, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VBDCOMPRESS_DATA", raising=False)
+    found, _, err = cli(*[str(zoo / "digits.pt") if item == "ZOO" else item for item in arguments])
+    assert found == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_read_only_folder_is_an_error_and_nothing_is_lost(cli, zoo, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    code, _, err = cli("run", zoo / "digits.pt", "--out", tmp_path / "locked" / "out", *QUICK)
+    assert code == 1
+    assert "Permission denied" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(zoo, tmp_path):
+    with pytest.raises(Exception, match="does not exist"):
+        main(["run", str(tmp_path / "nowhere.pt"), "--debug"])
+
+
+def test_a_pickled_network_is_refused_with_exit_code_1(cli, tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    code, _, err = cli("run", tmp_path / "whole.pt", "--data", "digits")
+    assert code == 1
+    assert "would run code when read" in err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(cli, name):
+    code, out, _ = cli(name, "--help")
+    assert code == 0
+    assert "Example" in out
+    assert f"vbdcompress {name}" in out
+
+
+def test_help_does_not_wait_for_torch():
+    check = "import sys; from vbdcompress.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    check += "assert not {'torch', 'pydantic', 'rich', 'numpy'} & set(sys.modules), 'slow imports'"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Compress a trained network" in done.stdout

@@ -1,0 +1,82 @@
+"""The exported file, judged by onnx and onnxruntime."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.architectures import build_architecture
+from vbdcompress.errors import ExportError
+from vbdcompress.exporting import onnx_file
+from vbdcompress.exporting.onnx_file import export_onnx
+
+
+@pytest.fixture(scope="module")
+def digits_file(tmp_path_factory):
+    torch.manual_seed(0)
+    model, samples = build_architecture("digits").eval(), torch.randn(9, 1, 8, 8)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    return model, samples, path, export_onnx(model, path, samples, input_name="pixels")
+
+
+def test_export_onnx_equals_torch_at_any_batch(digits_file):
+    model, samples, path, check = digits_file
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [item.name for item in session.get_inputs()] == ["pixels"]
+    assert [item.name for item in session.get_outputs()] == ["output"]
+    for size in (1, 2, 5, 9):
+        found = session.run(None, {"pixels": samples[:size].numpy()})[0]
+        with torch.no_grad():
+            np.testing.assert_allclose(found, model(samples[:size]).numpy(), rtol=1e-4, atol=1e-5)
+    assert check.bytes == path.stat().st_size
+    assert 0 < check.max_difference < check.tolerance
+
+
+def test_export_onnx_folds_batch_norm_and_names_no_path(digits_file):
+    _, _, path, _ = digits_file
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
+    assert all(node.domain in ("", "ai.onnx") for node in proto.graph.node)
+    text = str(proto)
+    assert "site-packages" not in text
+    assert "vbdcompress/" not in text
+    assert ".py" not in text
+    assert not list(path.parent.glob("*.data"))
+
+
+def test_export_onnx_keeps_no_file_that_differs(digits_file, tmp_path, monkeypatch):
+    model, samples, _, _ = digits_file
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"what stood here before")
+    real = onnx.save
+
+    def save_with_a_fault(proto, target):
+        values = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
+        values.flat[0] += 0.05
+        proto.graph.initializer[0].CopyFrom(
+            onnx.numpy_helper.from_array(values, proto.graph.initializer[0].name)
+        )
+        real(proto, target)
+
+    monkeypatch.setattr(onnx_file.onnx, "save", save_with_a_fault)
+    with pytest.raises(ExportError, match="differs from torch by"):
+        export_onnx(model, path, samples)
+    assert path.read_bytes() == b"what stood here before"
+    assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_export_onnx_refuses_a_network_that_onnx_can_not_express(tmp_path):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) if float(x.sum()) > 0 else x
+
+    with pytest.raises(ExportError, match="ONNX refused it"):
+        export_onnx(Branching(), tmp_path / "model.onnx", torch.randn(4, 4))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,100 @@
+"""slim.safetensors: what is loaded equals what was saved, and trains on."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vbdcompress.architectures import build_architecture
+from vbdcompress.conversion import convert
+from vbdcompress.errors import LoadError
+from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
+from vbdcompress.records import InputSpec
+from vbdcompress.slimming import slim
+from vbdcompress.vbd.posterior import find_posteriors
+
+SPEC = InputSpec((1, 28, 28), (0.1,), (0.3,))
+
+
+def slimmed_lenet(mode, **options):
+    torch.manual_seed(0)
+    model = build_architecture("lenet5")
+    converted = convert(model, torch.randn(2, 1, 28, 28), mode, prune_inputs=True, **options)
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data[torch.rand(posterior.theta.shape) < 0.5] = 30.0
+        posterior.theta.data.mul_(0.9)
+    return slim(converted, 3.0)
+
+
+@pytest.mark.parametrize("mode", ["weights", "channels"])
+def test_load_slim_equals_what_was_saved_and_trains_on(mode, tmp_path):
+    slimmed = slimmed_lenet(mode)
+    path = tmp_path / "slim.safetensors"
+    save_slim(path, slimmed.model, SlimFile((slimmed.plan,), "lenet5", {}, "mnist", SPEC))
+    loaded = load_slim(path)
+    batch = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), slimmed.model(batch))
+    loaded.train()(batch).sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+def test_save_slim_packs_zeros(tmp_path):
+    slimmed = slimmed_lenet("weights")
+    path = tmp_path / "slim.safetensors"
+    save_slim(path, slimmed.model, SlimFile((slimmed.plan,), "lenet5", {}, "mnist", SPEC))
+    dense = 4 * sum(parameter.numel() for parameter in slimmed.model.parameters())
+    assert path.stat().st_size < 0.6 * dense
+
+
+def test_load_slim_cuts_the_user_s_own_network(tmp_path):
+    def build():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    converted = convert(build(), torch.randn(2, 6), "channels")
+    gate = find_posteriors(converted.model)[0]
+    gate.log_sigma2.data[:5] = 30.0
+    slimmed = slim(converted, 3.0)
+    path = tmp_path / "slim.safetensors"
+    save_slim(path, slimmed.model, SlimFile((slimmed.plan,), None, {}, None, InputSpec((6,))))
+    with pytest.raises(LoadError, match="does not name its architecture"):
+        load_slim(path)
+    loaded = load_slim(path, build())
+    assert loaded[0].out_features == 3
+    assert torch.equal(loaded(torch.ones(1, 6)), slimmed.model(torch.ones(1, 6)))
+    with pytest.raises(LoadError, match="does not fit the network"):
+        load_slim(path, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Linear(3, 3)))
+
+
+def test_load_slim_does_not_build_what_a_file_names(tmp_path):
+    path = tmp_path / "slim.safetensors"
+    slimmed = slimmed_lenet("channels")
+    save_slim(path, slimmed.model, SlimFile((slimmed.plan,), "os:system", {"command": "true"}, None, SPEC))
+    with pytest.raises(LoadError, match="named inside the file"):
+        load_slim(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "version"])
+def test_load_slim_refuses_a_damaged_file(damage, tmp_path):
+    path = tmp_path / "slim.safetensors"
+    slimmed = slimmed_lenet("channels")
+    save_slim(path, slimmed.model, SlimFile((slimmed.plan,), "lenet5", {}, "mnist", SPEC))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata())
+        content = json.loads(metadata["vbdcompress.slim"]) | {"version": 99}
+        metadata = {"vbdcompress.slim": json.dumps(content)} if damage == "version" else {"made by": "me"}
+        save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(LoadError, match=r"can't be read|expected"):
+        load_slim(path)
+
+
+def test_plan_survives_json(tmp_path):
+    plan = slimmed_lenet("channels").plan
+    assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))) == plan

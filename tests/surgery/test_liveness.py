@@ -1,0 +1,109 @@
+"""Dead channels and constants, against the uncut network in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vbdcompress.surgery.liveness import plan_removal_
+from vbdcompress.surgery.slice import apply_plan_
+from vbdcompress.surgery.verify import find_groups
+
+
+class Net(nn.Module):
+    def __init__(self, padding=0, bias=True, mode="zeros"):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 5, 3, padding=padding, bias=bias, padding_mode=mode)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = F.softplus(self.norm(self.conv1(x)))
+        return self.head(self.conv2(x).relu().mean((2, 3)))
+
+
+def cut(model, batch):
+    """(output before, output after, plan)."""
+    groups = find_groups(model, batch).removable
+    with torch.no_grad():
+        expected = model(batch)
+        slim = copy.deepcopy(model)
+        plan = plan_removal_(slim, groups, batch)
+        apply_plan_(slim, plan)
+        return expected, slim(batch), plan, slim
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = Net(**options).double().eval()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    return model, torch.randn(4, 2, 8, 8, dtype=torch.float64)
+
+
+def test_plan_removal_cuts_what_nothing_reads():
+    model, batch = make()
+    model.conv2.weight.data[:, [1, 4]] = 0
+    expected, found, plan, slim = cut(model, batch)
+    assert plan.cuts["conv1"].outputs == (0, 2, 3, 5)
+    assert plan.cuts["norm"].outputs == (0, 2, 3, 5)
+    assert plan.cuts["conv2"].inputs == (0, 2, 3, 5)
+    assert slim.norm.running_mean.shape == (4,)
+    assert torch.allclose(expected, found, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_plan_removal_folds_constants_into_the_next_bias(bias):
+    model, batch = make(bias=bias)
+    model.conv1.weight.data[[0, 3]] = 0  # norm and softplus make a constant that is not 0 of it
+    expected, found, plan, slim = cut(model, batch)
+    assert plan.cuts["conv1"].outputs == (1, 2, 4, 5)
+    assert plan.cuts["conv2"].new_bias is not bias
+    assert slim.conv2.bias is not None
+    assert torch.allclose(expected, found, rtol=1e-12)
+
+
+def test_plan_removal_keeps_a_constant_that_zero_padding_cuts_at_the_border():
+    model, batch = make(padding=1)
+    model.conv1.weight.data[0] = 0
+    expected, found, plan, _ = cut(model, batch)
+    assert "conv1" not in plan.cuts
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_plan_removal_folds_constants_under_padding_that_repeats_them(mode):
+    model, batch = make(padding=1, mode=mode)
+    model.conv1.weight.data[0] = 0
+    expected, found, plan, _ = cut(model, batch)
+    assert plan.cuts["conv1"].outputs == (1, 2, 3, 4, 5)
+    assert torch.allclose(expected, found, rtol=1e-12)
+
+
+def test_plan_removal_does_not_take_a_dead_relu_for_a_constant():
+    model, batch = make()
+    model.conv2.bias.data[2] = -1e6  # never fires on this batch, but its weights live
+    _, _, plan, _ = cut(model, batch)
+    assert "conv2" not in plan.cuts
+
+
+def test_plan_removal_follows_death_upstream_and_downstream():
+    model, batch = make()
+    model.head.weight.data[:, 1:] = 0  # only channel 0 of conv2 is read
+    model.conv2.weight.data[0, 2:] = 0  # which reads only channels 0 and 1 of conv1
+    expected, found, plan, _ = cut(model, batch)
+    assert plan.cuts["conv2"].outputs == (0,)
+    assert plan.cuts["conv1"].outputs == (0, 1)
+    assert torch.allclose(expected, found, rtol=1e-12)
+
+
+def test_plan_removal_of_a_network_that_is_all_zero_ends_and_keeps_one_channel():
+    model, batch = make()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    expected, found, _, slim = cut(model, batch)
+    assert slim.conv1.out_channels == slim.conv2.out_channels == 1
+    assert torch.equal(expected, found)

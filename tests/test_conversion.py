@@ -1,0 +1,161 @@
+"""convert: what is swapped, what is left and why; attention, recurrent and tied parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.conversion import convert
+from vbdcompress.errors import ConvertError
+from vbdcompress.slimming import slim
+from vbdcompress.vbd.layers import VBDConv2d, VBDLinear
+from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
+
+
+class Sequence(nn.Module):
+    """Embedding, LSTM, attention, a bare parameter, a position table and LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.position = nn.Parameter(torch.randn(1, 5, 8))
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mix = nn.Parameter(torch.randn(8, 8))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.position
+        x = self.lstm(x)[0] @ self.mix
+        x = self.norm(x + self.attention(x, x, x)[0])
+        return self.head(x.mean(1))
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.again = self.layer
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.again(self.layer(x).relu()).relu())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def rows_of(converted):
+    return {row.name: row for row in converted.table}
+
+
+def test_convert_covers_every_parameter_of_a_sequence_network():
+    model, tokens = Sequence(), torch.randint(0, 11, (4, 5))
+    converted = convert(model, tokens, "weights")
+    rows = rows_of(converted)
+    done = {name for name, row in rows.items() if row.action == "converted"}
+    assert {"embed.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "attention.in_proj_weight"} <= done
+    assert {"attention.out_proj.weight", "mix", "head"} <= done
+    assert "positions" in rows["position"].reason
+    assert "normalisation" in rows["norm.weight"].reason
+    assert "vector" in rows["lstm.bias_ih_l0"].reason
+    listed = sum(row.parameters for row in converted.table)
+    assert listed == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_convert_undo_restores_a_sequence_network_to_the_bit():
+    model, tokens = Sequence().eval(), torch.randint(0, 11, (4, 5))
+    restored = convert(model, tokens, "weights").undo()
+    with torch.no_grad():
+        assert torch.equal(model(tokens), restored(tokens))
+    assert list(model.state_dict()) == list(restored.state_dict())
+
+
+def test_convert_then_slim_masks_a_sequence_network_exactly():
+    model, tokens = Sequence().double().eval(), torch.randint(0, 11, (4, 5))
+    converted = convert(model, tokens, "weights")
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data[torch.rand(posterior.theta.shape) < 0.3] = 30.0
+    set_threshold_(converted.model, 3.0)
+    slimmed = slim(converted, 3.0)
+    assert int((slimmed.model.lstm.weight_hh_l0 == 0).sum()) > 0
+    with torch.no_grad():
+        expected, found = converted.model.eval()(tokens), slimmed.model(tokens)
+    assert (expected - found).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_convert_leaves_the_original_alone_and_converts_a_shared_module_once():
+    model, batch = Shared(), torch.randn(3, 6)
+    converted = convert(model, batch, "weights")
+    assert type(model.layer) is nn.Linear
+    assert type(converted.model.layer) is VBDLinear
+    assert converted.model.layer is converted.model.again
+    assert [p.name for p in find_posteriors(converted.model)] == ["layer.weight", "head.weight"]
+
+
+def test_convert_leaves_a_parameter_under_two_names_and_says_which():
+    rows = rows_of(convert(Tied(), torch.randn(3, 6), "weights"))
+    assert rows["first.weight"].action == "left"
+    assert rows["first.weight"].reason == "shared with second.weight"
+    assert rows["head"].action == "converted"
+
+
+def chain():
+    return nn.Sequential(*(nn.Conv2d(width, width + 1, 3) for width in range(1, 6)))
+
+
+def test_convert_skips_a_layer_in_weights_mode():
+    converted = convert(chain(), torch.randn(2, 1, 12, 12), "weights", skip=["2"])
+    assert [type(layer) is VBDConv2d for layer in converted.model] == [True, True, False, True, True]
+    assert rows_of(converted)["2"].reason == "skipped as asked"
+
+
+def test_convert_leaves_inputs_and_outputs_of_a_skipped_layer_in_channels_mode():
+    converted = convert(chain(), torch.randn(2, 1, 12, 12), "channels", skip=["2"])
+    whole = {group.name: group.whole_because for group in converted.scan.groups}
+    assert whole["0"] is None
+    assert whole["3"] is None
+    assert whole["1"] == whole["2"] == "'2' is skipped as asked"
+    assert {p.name for p in find_posteriors(converted.model)} == {"0", "3"}
+
+
+def test_convert_gates_follow_the_device_and_dtype_of_nothing_but_the_network():
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+    converted = convert(model, torch.randn(2, 5), "channels")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(torch.ones(1, 5)), converted.model.eval()(torch.ones(1, 5)))
+    assert [p.kind for p in find_posteriors(converted.model)] == ["gate"]
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (nn.Sequential(nn.LazyConv2d(4, 3)), torch.randn(1, 1, 8, 8), "has no weights yet"),
+        (nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 7), "fails on a batch of shape"),
+        (nn.Sequential(nn.ReLU()), torch.randn(2, 7), "no parameters"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_convert(model, example, message):
+    with pytest.raises(ConvertError, match=message):
+        convert(model, example, "weights")
+
+
+def test_convert_refuses_nan_and_names_the_parameter():
+    model = nn.Sequential(nn.Linear(5, 2))
+    model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ConvertError, match=r"'0\.weight' holds 1 NaN"):
+        convert(model, torch.randn(2, 5), "weights")
+
+
+def test_convert_refuses_to_skip_what_is_not_there():
+    with pytest.raises(ConvertError, match="no layer is named 'heads'"):
+        convert(nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 5), "weights", skip=["heads"])

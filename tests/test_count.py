@@ -1,0 +1,45 @@
+"""MACs and sizes against counts by hand."""
+
+import torch
+from torch import nn
+
+from vbdcompress.count import layer_sizes, measure_size, uncounted_ops
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, groups=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(8 * 16, 10)
+
+    def forward(self, x):
+        return self.head(self.pool(self.depthwise(self.conv(x))).flatten(1))
+
+
+def test_measure_size_counts_by_hand():
+    model = Net()
+    model.head.weight.data[:4] = 0
+    size = measure_size(model, torch.randn(5, 3, 8, 8), graph_bytes=100)
+    parameters = 3 * 8 * 9 + 8 + 8 * 9 + 8 + 1280 + 10
+    macs = 64 * 3 * 8 * 9 + 64 * 8 * 9 + 1280
+    assert (size.parameters, size.nonzeros, size.macs) == (parameters, parameters - 4 * 128, macs)
+    assert size.bytes == 4 * parameters + 100
+
+
+def test_layer_sizes_attributes_macs_to_the_innermost_layer():
+    macs = {row.name: row.macs for row in layer_sizes(Net(), torch.randn(2, 3, 8, 8))}
+    assert macs == {"conv": 64 * 216, "depthwise": 64 * 72, "head": 1280}
+
+
+def test_measure_size_leaves_mode_and_hooks_as_they_were():
+    model = Net().train()
+    measure_size(model, torch.randn(2, 3, 8, 8))
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_uncounted_ops_are_named():
+    assert uncounted_ops(Net(), torch.randn(2, 3, 8, 8)) == ("aten.max_pool2d_with_indices",)
+    assert any("lstm" in name or "rnn" in name for name in uncounted_ops(nn.LSTM(4, 4), torch.randn(2, 3, 4)))

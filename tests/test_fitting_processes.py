@@ -1,0 +1,159 @@
+"""fit in two processes on one CPU learns what it learns in one."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vbdcompress
+
+SECONDS = 60
+# Log variances of -40: the noise vanishes, and the processes differ in nothing but their share.
+SCRIPT = '''
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from vbdcompress.config import FitConfig
+from vbdcompress.data import TensorBatches
+from vbdcompress.errors import FitError
+from vbdcompress.fitting import FitCheckpoint, fit
+from vbdcompress.vbd.layers import attach_posterior_
+
+
+torch.set_num_threads(1)
+labels = torch.arange(100) % 3
+inputs = torch.randn(100, 6, generator=torch.Generator().manual_seed(5)) + labels[:, None]
+
+
+def make_model(log_sigma2):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    for layer in (model[0], model[2]):
+        attach_posterior_(layer, log_sigma2)
+    return model
+
+
+def make_config(devices):
+    return FitConfig(epochs=3, lr=0.01, lr_log_sigma2=0.01, devices=devices, device="cpu", warmup_epochs=1)
+
+
+def train(devices, global_batch=20):
+    """Epoch rows of two fits, one after the other: on tensors, then on a DataLoader."""
+    model, config = make_model(-40.0), make_config(devices)
+    tensors = TensorBatches(inputs, labels, 20, shuffle=True)
+    # each process takes its own batches of a DataLoader
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=global_batch)
+    results = [fit(model, batches, config, validation=tensors) for batches in (tensors, loader)]
+    rows = [row for result in results for row in result.epochs]
+    return [[row.nll, row.kl, row.beta, row.error] for row in rows], results[0].is_main
+
+
+class KeepFirst:
+    """Copies the checkpoint after the first epoch."""
+
+    def on_start(self, title, epochs): ...
+
+    def on_step(self, epoch, step, steps, examples): ...
+
+    def on_epoch(self, row, epochs):
+        if row.epoch == 1:
+            shutil.copy("fit.ckpt", "first.ckpt")
+
+
+def resume(devices):
+    """Whether a fit on a shuffled DataLoader with noise, resumed after an epoch, ends the same."""
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=10, shuffle=True)
+    whole, resumed = make_model(-3.0), make_model(-3.0)
+    config = make_config(devices)
+    fit(whole, loader, config, checkpoint=FitCheckpoint(Path("fit.ckpt"), False, 0.0), listener=KeepFirst())
+    rows = fit(resumed, loader, config, checkpoint=FitCheckpoint(Path("first.ckpt"), True, 1e9)).epochs
+    states = whole.state_dict(), resumed.state_dict()
+    return len(rows) == 3 and all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+if __name__ == "__main__":
+    devices = int(sys.argv[1]) if sys.argv[1] != "none" else None
+    try:
+        rows, is_main = train(devices, 10)
+    except FitError as error:
+        print("ERROR", str(error).replace("\\\\n", " "), flush=True)
+        sys.exit(7)
+    content = json.dumps({"rows": rows, "resumed": resume(devices)})
+    sys.stdout.write(f"{'MAIN' if is_main else 'OTHER'} {content}\\n")  # one write: the output is shared
+'''
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("processes") / "train.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(script: Path) -> list[list[float]]:
+    """The rows of the same script in this process alone."""
+    rows: list[list[float]] = runpy.run_path(str(script))["train"](None)[0]
+    return rows
+
+
+def run(script: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    ours = str(Path(vbdcompress.__file__).parents[1])
+    outside = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in outside}
+    environment |= {"PYTHONPATH": ours, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=script.parent,
+        timeout=SECONDS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rows_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    found = {word: json.loads(rest) for word, _, rest in lines if word in ("MAIN", "OTHER")}
+    assert sorted(word for word, _, _ in lines if word in ("MAIN", "OTHER")) == ["MAIN", "OTHER"]
+    return found
+
+
+def check(found: dict[str, Any], expected: list[list[float]]) -> None:
+    assert expected[0][1] > 1.0  # the KL of narrow posteriors is large, and a wrong scale would show
+    for content in found.values():
+        for row, wanted in zip(content["rows"], expected, strict=True):
+            assert row == pytest.approx(wanted, rel=2e-5)
+        assert content["resumed"]
+
+
+@pytest.mark.timeout(SECONDS)
+def test_fit_with_devices_2_equals_one_process(script: Path, expected: list[list[float]]) -> None:
+    check(rows_of(run(script, str(script), "2")), expected)
+
+
+@pytest.mark.timeout(SECONDS)
+def test_fit_under_torchrun_equals_one_process(script: Path, expected: list[list[float]]) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    check(rows_of(run(script, *launch, str(script), "none")), expected)
+
+
+@pytest.mark.timeout(SECONDS)
+def test_fit_refuses_other_devices_than_torchrun_started(script: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    done = run(script, *launch, str(script), "2")
+    assert done.returncode != 0
+    assert "ERROR processes: --devices 2 was asked for, torchrun started 1 on this machine" in done.stdout

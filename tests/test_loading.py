@@ -1,0 +1,126 @@
+"""load: safe by default, and a clear word on what does not fit."""
+
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from vbdcompress.architectures import build_architecture
+from vbdcompress.errors import LoadError
+from vbdcompress.loading import Loaded, load, save_checkpoint
+from vbdcompress.records import InputSpec
+
+CALLED = []
+
+
+class Evil:
+    def __reduce__(self):
+        return CALLED.append, (1,)
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+def test_save_checkpoint_then_load_gives_everything_back(tmp_path):
+    model = build_architecture("lenet5", {"hidden": 30}).eval()
+    spec = InputSpec((1, 28, 28), (0.13,), (0.31,))
+    path = tmp_path / "net.pt"
+    save_checkpoint(
+        path,
+        Loaded(model, "lenet5", {"hidden": 30}, "mnist", spec, {"fraction": 0.1, "seed": 3}, {"lr": 1e-3}),
+    )
+    loaded = load(path)
+    batch = torch.randn(2, 1, 28, 28)
+    assert torch.equal(loaded.model(batch), model(batch))
+    assert (loaded.architecture, loaded.data, loaded.input) == ("lenet5", "mnist", spec)
+    assert (loaded.validation, loaded.training) == ({"fraction": 0.1, "seed": 3}, {"lr": 1e-3})
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_finds_a_state_dict(tmp_path, wrap, prefix):
+    model = build_architecture("digits").eval()
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    loaded = load(save(tmp_path / "net.pt", wrap(state)), arch="digits")
+    batch = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded.model(batch), model(batch))
+
+
+def test_load_builds_torchvision_and_the_user_s_file(tmp_path):
+    model = torchvision.models.squeezenet1_1(num_classes=7)
+    path = save(tmp_path / "net.pt", model.state_dict())
+    loaded = load(path, arch="torchvision:squeezenet1_1", arguments={"num_classes": 7})
+    assert loaded.architecture == "torchvision:squeezenet1_1"
+    code = tmp_path / "mine.py"
+    code.write_text("from torch import nn\ndef build(width=2):\n    return nn.Linear(3, width)\n")
+    path = save(tmp_path / "own.pt", nn.Linear(3, 5).state_dict())
+    assert load(path, arch=f"{code}:build", arguments={"width": 5}).model.out_features == 5
+
+
+def test_load_refuses_to_run_a_pickle_and_runs_nothing(tmp_path):
+    CALLED.clear()
+    path = save(tmp_path / "evil.pt", {"state_dict": Evil()})
+    with pytest.raises(LoadError, match=r"would run code when read.*was not read"):
+        load(path, arch="digits")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(LoadError):
+        load(tmp_path / "plain.pt", arch="digits")
+    assert CALLED == []
+
+
+def test_load_reads_a_pickled_module_only_when_told_to(tmp_path):
+    path = save(tmp_path / "whole.pt", nn.Linear(3, 2))
+    with pytest.raises(LoadError, match="--unsafe-pickle"):
+        load(path)
+    assert load(path, unsafe_pickle=True).model.out_features == 2
+
+
+def test_load_does_not_import_what_a_checkpoint_names(tmp_path):
+    content = {
+        "format": "vbdcompress.checkpoint",
+        "version": 1,
+        "arch": "os:system",
+        "arguments": {"command": "touch " + str(tmp_path / "ran")},
+        "state_dict": {},
+    }
+    with pytest.raises(LoadError, match="named inside the file"):
+        load(save(tmp_path / "net.pt", content))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv1.weight": torch.zeros(16, 1, 3, 3)}, r"missing: bn1.weight.*and \d+ more"),
+        (
+            {"conv1.weight": torch.zeros(2, 2)},
+            r"of another shape: conv1.weight is \(2, 2\), should be \(16, 1, 3, 3\)",
+        ),
+        ({"stem.weight": torch.zeros(2)}, "not known: stem.weight"),
+        ({"epoch": 3, "loss": 0.1}, "holds a dict with keys epoch, loss"),
+        (torch.zeros(3), "holds a Tensor"),
+        ({"format": "vbdcompress.checkpoint", "version": 7}, "version 7, expected 1"),
+        ({"format": "vbdcompress.checkpoint", "version": 1, "arch": "digits"}, "without state_dict"),
+    ],
+)
+def test_load_says_what_does_not_fit(tmp_path, content, message):
+    with pytest.raises(LoadError, match=message):
+        load(save(tmp_path / "net.pt", content), arch="digits")
+
+
+def test_load_says_what_is_missing_or_damaged(tmp_path):
+    path = save(tmp_path / "lenet5.pt", build_architecture("digits").state_dict())
+    with pytest.raises(LoadError, match=r"does not exist.*Did you mean .*lenet5\.pt"):
+        load(tmp_path / "lenet_5.pt")
+    with pytest.raises(LoadError, match="does not name its architecture"):
+        load(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(LoadError, match="cut short"):
+        load(path, arch="digits")
+    (tmp_path / "program.pt2").write_bytes(b"")
+    with pytest.raises(LoadError, match=r"torch\.export program"):
+        load(tmp_path / "program.pt2")

@@ -1,0 +1,94 @@
+"""The choice of the threshold, on curves written by hand, and batch norm's statistics."""
+
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.config import make_config
+from vbdcompress.conversion import convert
+from vbdcompress.errors import SlimError
+from vbdcompress.records import CurvePoint, Size
+from vbdcompress.slimming import (
+    Budget,
+    make_budget,
+    measure_curve,
+    reestimate_batch_norm_,
+    select_threshold,
+)
+from vbdcompress.vbd.posterior import find_posteriors
+
+INF = float("inf")
+#        threshold, error, nonzeros, macs
+CURVE = tuple(
+    CurvePoint(t, error, Size(1000, nonzeros, macs, 4 * nonzeros))
+    for t, error, nonzeros, macs in [
+        (INF, 1.0, 1000, 900),
+        (4.0, 0.9, 500, 800),
+        (2.0, 1.1, 200, 700),
+        (0.0, 1.4, 100, 300),
+        (-1.0, 5.0, 10, 50),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Budget(max_error_increase=0.3), 2.0),
+        (Budget(max_error_increase=0.4), 0.0),
+        (Budget(max_error_increase=0.0), 4.0),
+        (Budget(limits={"nonzeros": 200}), 2.0),
+        (Budget(limits={"nonzeros": 999}), 4.0),
+        (Budget(limits={"macs": 300}), 0.0),
+        (Budget(limits={"bytes": 500, "macs": 850}), 0.0),
+        (Budget(max_error_increase=9.0, limits={"nonzeros": 500}), -1.0),
+        (Budget(threshold=2.5), 2.5),
+        (Budget(), 1.0),
+    ],
+)
+def test_select_threshold_keeps_the_budget(budget, expected):
+    assert select_threshold(CURVE, budget, "weights", 1.0).threshold == expected
+
+
+def test_select_threshold_says_how_close_it_comes():
+    with pytest.raises(SlimError, match=r"parameters that are not zero 10 \(limit 5\)"):
+        select_threshold(CURVE, Budget(limits={"nonzeros": 5}), "weights", 1.0)
+    with pytest.raises(SlimError, match=r"best within the limits has 1\.40 %"):
+        select_threshold(CURVE, Budget(max_error_increase=0.1, limits={"macs": 300}), "channels", 1.0)
+
+
+def test_make_budget_resolves_shares_against_the_original():
+    config = make_config({"max_params": "10%", "max_macs": 77, "max_bytes": "2.5 %"})
+    assert make_budget(config, Size(900, 1000, 800, 400)).limits == {"nonzeros": 100, "macs": 77, "bytes": 10}
+
+
+def test_measure_curve_shrinks_with_the_threshold_and_starts_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    batch = torch.randn(4, 6)
+    converted = convert(model, batch, "weights")
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data.normal_(0, 3)
+    prepared = []
+    with torch.no_grad():
+        curve = measure_curve(converted, lambda m: float(m(batch).abs().sum()), prepare=prepared.append)
+    assert curve[0].threshold == INF
+    assert curve[0].size.nonzeros == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        assert curve[0].error == pytest.approx(float(model(batch).abs().sum()), rel=1e-6)
+    nonzeros = [point.size.nonzeros for point in curve if point.threshold >= 0]
+    assert nonzeros == sorted(nonzeros, reverse=True)
+    assert curve[-1].size.nonzeros < 0.2 * curve[0].size.nonzeros
+    assert len(prepared) == len(curve) > 5
+
+
+def test_reestimate_batch_norm_takes_the_data_s_own_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].running_mean.fill_(9.0)
+    data = 5 + 2 * torch.randn(400, 3)
+    reestimate_batch_norm_(model, [(part, None) for part in data.split(100)])
+    assert torch.allclose(model[0].running_mean, data.mean(0), atol=1e-5)
+    batch_variances = torch.stack([part.var(0) for part in data.split(100)])
+    assert torch.allclose(model[0].running_var, batch_variances.mean(0), atol=1e-5)
+    assert model[0].momentum == 0.1
+    assert not model[0].training
