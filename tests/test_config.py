@@ -58,6 +58,8 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"augment": "flip"},
     {"threshold": float("nan")},
     {"max_error_increase": -1},
+    {"max_params": 1.5},
+    {"max_params": True},
     {"max_params": "ten"},
     {"max_params": "10 %%"},
     {"max_params": -5},

@@ -30,8 +30,11 @@ class FitConfig(BaseModel):
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="How all rates fall over the epochs."
     )
-    beta: float = Field(
-        1.0, ge=0, description="Weight of the KL; 1 is the ELBO, more is a tempered ELBO that removes more."
+    beta: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the KL: 1 is the ELBO, more a tempered ELBO that removes more; "
+        "without it 1 for weights, 6 for channel gates.",
     )
     warmup_epochs: int = Field(
         10, ge=0, description="Epochs over which beta rises from 0; at most half of all."
@@ -58,7 +61,7 @@ class RunConfig(FitConfig):
     """Everything that `vbdcompress run` and `compress` can be told."""
 
     mode: Mode = Field(
-        "weights", description="What is removed: single weights, channels, or channels then weights."
+        "channels", description="What is removed: single weights, channels, or channels then weights."
     )
     threshold: float | None = Field(
         None,

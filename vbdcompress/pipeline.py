@@ -23,7 +23,7 @@ from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile
 from vbdcompress.files import Scratch
-from vbdcompress.fitting import FitCheckpoint, Listener, fit
+from vbdcompress.fitting import FitCheckpoint, Listener, default_beta, fit
 from vbdcompress.records import CurvePoint, EpochRow, InputSpec, Selection, Size
 from vbdcompress.reporting.build import (
     DataRecord,
@@ -305,6 +305,7 @@ class _Run:
         record = StageRecord(
             mode,
             config.prior,
+            default_beta(converted.model) if config.beta is None else config.beta,
             converted.table,
             slimmed.groups,
             fitted.epochs,

@@ -144,4 +144,6 @@ def test_augmentation_differs_between_batches() -> None:
 def test_on_moves_the_set_and_keeps_the_order() -> None:
     batches = TensorBatches(*number(9), 3, shuffle=True, seed=4)
     assert labels_of(batches.on(torch.device("cpu"), 0, 1)) == labels_of(batches)
-    assert batches.on(torch.device("meta"), 0, 1).inputs.is_meta
+    moved = batches.on(torch.device("meta"), 0, 1)
+    assert moved.inputs.is_meta
+    assert moved.labels.is_meta

@@ -90,6 +90,7 @@ def make_stage(mode: str, layers: list[dict[str, Any]], groups: list[dict[str, A
     return {
         "mode": mode,
         "prior": "vbd",
+        "beta": 6.0 if mode == "channels" else 1.0,
         "table": [
             {
                 "name": layer["name"],

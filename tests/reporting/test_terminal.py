@@ -82,3 +82,9 @@ def test_print_summary_writes_ascii_where_nothing_else_fits(report):
     text = show(report, encoding="ascii")
     assert "87.5x fewer" in text
     assert "? is left" in text
+
+
+def test_print_summary_calls_a_tempered_elbo_what_it_is(report):
+    assert "tempered" not in show(report)
+    report["stages"][0]["beta"] = 4.0
+    assert "tempered ELBO, beta 4" in " ".join(show(report).split())

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[nn.Module],
     "embedding": (lambda: nn.Embedding(5, 4), ["weight"], look_up),
     "parameter": (Scale, ["scale"], scale),
 }
+CASES_BY_PLAIN = {type(make()): names for make, names, _ in CASES.values()}
 Case = tuple[nn.Module, nn.Module, list[tuple[nn.Module, str]], Callable[[nn.Module], Tensor]]
 
 
@@ -156,6 +157,19 @@ def test_deepcopy_after_training_is_independent(case: Case) -> None:
     assert not torch.equal(call(twin.eval()), before)
 
 
+def test_detach_sampled_from_a_copy_leaves_the_original(case: Case) -> None:
+    plain, sampled, where, call = case
+    twin = copy.deepcopy(sampled)
+    for name in CASES_BY_PLAIN[type(plain)]:
+        for owner, last in owners(twin, [name]):
+            detach_sampled_(owner, last)
+    assert torch.equal(call(twin), call(plain))
+    assert not torch.equal(call(sampled), call(sampled))
+    for owner, last in where:
+        detach_sampled_(owner, last)
+    assert torch.equal(call(sampled), call(plain))
+
+
 def test_posterior_follows_a_change_of_dtype(case: Case) -> None:
     _, sampled, where, _ = case
     sampled.double()
@@ -165,14 +179,16 @@ def test_posterior_follows_a_change_of_dtype(case: Case) -> None:
         assert theta.dtype == log_sigma2.dtype == torch.float64
 
 
-def test_detach_sampled_restores_the_plain_module(case: Case) -> None:
+@pytest.mark.parametrize("used", [False, True])
+def test_detach_sampled_restores_the_plain_module(case: Case, used: bool) -> None:
     plain, sampled, where, call = case
-    call(sampled)
+    if used:
+        call(sampled)
     for owner, name in where:
         detach_sampled_(owner, name)
         assert not parametrize.is_parametrized(owner, name)
     assert [type(module) for module in sampled.modules()] == [type(module) for module in plain.modules()]
-    assert sampled.state_dict().keys() == plain.state_dict().keys()
+    assert list(sampled.state_dict()) == list(plain.state_dict())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in sampled.modules())
     assert torch.equal(call(sampled), call(plain))
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch.utils.data import (
     DataLoader,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -86,7 +85,7 @@ def _describe(loader: Iterable[Any]) -> str:
 def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
     """The examples that the loader takes once each in every epoch; None where that can't be said."""
     sampler, dataset = loader.sampler, loader.dataset
-    if loader.batch_size is None or isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+    if loader.batch_size is None or not isinstance(dataset, Sized):
         return None
     if type(sampler) is SequentialSampler:
         return range(len(dataset))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vbdcompress.architectures import build_architecture
@@ -64,7 +64,7 @@ def save_slim(path: Path, model: nn.Module, header: SlimFile) -> None:
     # One entry: safetensors writes several in random order, and equal runs should give equal files
     metadata = {FORMAT: json.dumps(content)}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        partial.write_bytes(save(tensors, metadata))  # save_file would leave it unreadable to others
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

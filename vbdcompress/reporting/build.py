@@ -38,6 +38,7 @@ class StageRecord:
 
     mode: str
     prior: str
+    beta: float
     table: tuple[LayerRow, ...]
     groups: tuple[GroupRow, ...]
     epochs: tuple[EpochRow, ...]
@@ -229,6 +230,7 @@ def _stage_content(stage: StageRecord) -> dict[str, Any]:
     return {
         "mode": stage.mode,
         "prior": stage.prior,
+        "beta": stage.beta,
         "table": [asdict(row) for row in stage.table],
         "groups": [asdict(row) for row in stage.groups],
         "epochs": [asdict(row) for row in stage.epochs],

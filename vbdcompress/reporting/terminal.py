@@ -52,7 +52,8 @@ def print_summary(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for stage in report["stages"]:
         explanation = _fit_encoding(stage["selection"]["explanation"], console)
-        console.print(Text(f"{stage['mode']}: {explanation}", style="dim"))
+        tempered = f"; tempered ELBO, beta {stage['beta']:g}" if stage["beta"] > 1 else ""
+        console.print(Text(f"{stage['mode']}: {explanation}{tempered}", style="dim"))
     if report["export"]:
         console.print(_describe_parity(report["export"]))
     for warning in report["warnings"]:
