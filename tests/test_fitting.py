@@ -105,6 +105,21 @@ def masked_error(model: nn.Module, masks: list[Tensor], batches: TensorBatches) 
 
 
 @pytest.mark.parametrize(
+    ("kinds", "expected"), [("", 1.0), ("weights", 1.0), ("gates", 6.0), ("weights gates", 1.0)]
+)
+def test_fit_tempers_the_kl_of_gates_alone(
+    small_batches: TensorBatches, make_network: Make, convert: Convert, kinds: str, expected: float
+) -> None:
+    model = make_network()
+    if "weights" in kinds:
+        convert(model)
+    if "gates" in kinds:
+        attach_gate_(model[0], InputGate([ChannelGate(5, -1.0)], torch.arange(5), -1))
+    assert fit(model, small_batches, settings(warmup_epochs=0)).epochs[-1].beta == expected
+    assert fit(model, small_batches, settings(warmup_epochs=0, beta=2.5)).epochs[-1].beta == 2.5
+
+
+@pytest.mark.parametrize(
     ("schedule", "factors"),
     [
         ("linear", [1, 0.75, 0.5, 0.25]),

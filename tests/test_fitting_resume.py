@@ -141,6 +141,21 @@ def test_fit_checkpoints_as_seldom_as_asked(tmp_path: Path, convert: Convert) ->
 
 
 @pytest.mark.parametrize(
+    ("every", "since", "cost", "due"),
+    [
+        (3.0, 3.0, 99.0, True),
+        (3.0, 2.9, 0.0, False),
+        # without it writing takes at most a twentieth of the time
+        (None, 20.1, 1.0, True),
+        (None, 19.9, 1.0, False),
+        (None, 0.001, 0.0, True),
+    ],
+)
+def test_checkpoint_is_due(every: float | None, since: float, cost: float, due: bool) -> None:
+    assert FitCheckpoint(Path("fit.ckpt"), every_seconds=every).due(since, cost) is due
+
+
+@pytest.mark.parametrize(
     ("name", "value", "found"),
     [
         ("lr", 0.02, "lr was 0.01, is 0.02"),

@@ -125,7 +125,16 @@ def test_compress_takes_a_loss_and_a_metric(data):
 
     with pytest.warns(UserWarning, match="no test set"):
         result = compress(
-            model, loader, loss=loss, metric=metric, epochs=20, warmup_epochs=2, finetune_epochs=0, lr=1e-2
+            model,
+            loader,
+            validation=loader,
+            loss=loss,
+            metric=metric,
+            mode="weights",
+            epochs=20,
+            warmup_epochs=2,
+            finetune_epochs=0,
+            lr=1e-2,
         )
     log = result.report["stages"][0]["epochs"]
     assert log[-1]["nll"] < 0.5 * log[0]["nll"]
