@@ -80,6 +80,15 @@ def test_measure_curve_shrinks_with_the_threshold_and_starts_whole():
     assert nonzeros == sorted(nonzeros, reverse=True)
     assert curve[-1].size.nonzeros < 0.2 * curve[0].size.nonzeros
     assert len(prepared) == len(curve) > 5
+    assert len({point.size for point in curve}) == len(curve)
+
+
+def test_measure_curve_has_the_threshold_that_was_asked_for():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    converted = convert(model, torch.randn(4, 6), "channels")
+    curve = measure_curve(converted, lambda _: 0.0, prepare=lambda _: None, asked=2.3)
+    # all gates start at log_alpha = -4: every threshold above that keeps the whole network
+    assert [point.threshold for point in curve] == [2.3, -4.0]
 
 
 def test_reestimate_batch_norm_takes_the_data_s_own_statistics():

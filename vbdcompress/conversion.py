@@ -89,7 +89,7 @@ def convert(
             it can be converted.
     """
     check_skip(model, skip)
-    _check_model(model, example)
+    check_model(model, example)
     converted = copy.deepcopy(model)
     example = example.detach().cpu()
     scan = find_groups(model, example, features=prune_inputs)
@@ -105,7 +105,8 @@ def convert(
     return Converted(converted, mode, rows, scan, example)
 
 
-def _check_model(model: nn.Module, example: Tensor) -> None:
+def check_model(model: nn.Module, example: Tensor) -> None:
+    """Raise ConvertError for a network that has no weights yet, holds NaN, or fails on the example."""
     for name, module in model.named_modules():
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise ConvertError(

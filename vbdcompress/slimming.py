@@ -1,7 +1,7 @@
 """slim: choose how much goes, and cut it out of the network."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ def measure_curve(
     *,
     prepare: Callable[[nn.Module], None],
     graph_bytes: int = 0,
-    thresholds: Sequence[float] = CURVE_THRESHOLDS,
+    asked: float | None = None,
 ) -> tuple[CurvePoint, ...]:
     """Error and size against the threshold, from one fit, by cutting at each.
 
@@ -139,12 +139,18 @@ def measure_curve(
         measure: error of a slim network on the validation set, in percent.
         prepare: what is done to a slim network before it is measured (batch norm's statistics).
         graph_bytes: see `measure_size`.
+        asked: a threshold to measure beside CURVE_THRESHOLDS.
+    Returns:
+        points from the whole network down; thresholds that cut the same are one point.
     """
     points: list[CurvePoint] = []
-    for threshold in sorted({*thresholds, float("inf")}, reverse=True):
+    chosen = set() if asked is None else {asked}
+    for threshold in sorted({*CURVE_THRESHOLDS, *chosen, float("inf")}, reverse=True):
         model = slim(converted, threshold).model
         size = measure_size(model, converted.example, graph_bytes)
         if points and size == points[-1].size:
+            if threshold in chosen:  # the same network: called by the threshold that was asked for
+                points[-1] = replace(points[-1], threshold=threshold)
             continue
         prepare(model)
         points.append(CurvePoint(threshold, measure(model), size))

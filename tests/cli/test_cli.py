@@ -260,3 +260,18 @@ def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Compress a trained network" in done.stdout
+
+
+def test_run_refuses_a_data_set_with_more_classes_than_the_network(cli, zoo, tmp_path):
+    labels = np.arange(60) % 12
+    np.savez(tmp_path / "set.npz", images=np.zeros((60, 8, 8), np.uint8), labels=labels)
+    code, _, err = cli("run", zoo / "digits.pt", "--data", tmp_path / "set.npz", "--out", tmp_path / "out")
+    assert code == 1
+    assert "labels up to 11, the network has 10 outputs" in " ".join(err.split())
+
+
+def test_run_refuses_images_that_the_network_can_not_take(cli, zoo, tmp_path):
+    np.savez(tmp_path / "set.npz", images=np.zeros((60, 9, 13), np.uint8), labels=np.arange(60) % 10)
+    code, _, err = cli("run", zoo / "digits.pt", "--data", tmp_path / "set.npz", "--out", tmp_path / "out")
+    assert code == 1
+    assert "fails on a batch of shape (2, 1, 9, 13)" in " ".join(err.split())

@@ -117,9 +117,10 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
 
     from vbdcompress.cli.console import FitProgress
     from vbdcompress.devices import start_fabric
-    from vbdcompress.pipeline import Judge, Origin, Sources, Workplace, run_stages
+    from vbdcompress.pipeline import run_stages
     from vbdcompress.reporting.build import DataRecord
     from vbdcompress.reporting.terminal import print_summary
+    from vbdcompress.stages import Judge, Origin, Sources, Workplace
 
     loaded = reading.network(file)
     main = start_fabric(config).is_global_zero
@@ -145,14 +146,18 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}))
     console = Console(quiet=not main)
     _print_start(console, file, loaded, record, config)
-    with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
-        workplace = Workplace(out / STATE, resume, progress)
-        result = run_stages(loaded.model, sources, config, origin, Judge(), workplace)
+    try:
+        with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
+            workplace = Workplace(out / STATE, resume, progress)
+            result = run_stages(loaded.model, sources, config, origin, Judge(), workplace)
+    finally:
+        if main:
+            _remove_if_empty(out)
     if not result.is_main:
         return
     with console.status("Exporting and checking the ONNX file"):
         content = result.export(out)
-    shutil.rmtree(out / STATE)
+    shutil.rmtree(out / STATE, ignore_errors=True)
     print_summary(content, console)
     console.print(f"Written to [bold]{out}[/bold]: {', '.join(content['files'])}", highlight=False)
 
@@ -196,6 +201,13 @@ def _prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
             )
         _remove_results(out)
     state.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_if_empty(out: Path) -> None:
+    """Leave no trace of a run that failed before it had anything to keep."""
+    for folder in (out / STATE, out):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _remove_results(out: Path) -> None:

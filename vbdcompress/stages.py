@@ -1,0 +1,257 @@
+"""What a run does stage by stage, between the data that it is given and the report."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.config import RunConfig
+from vbdcompress.conversion import convert
+from vbdcompress.count import FLOAT_BYTES
+from vbdcompress.data import TensorBatches
+from vbdcompress.errors import DataError
+from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
+from vbdcompress.fitting import FitCheckpoint, Listener, default_beta, fit
+from vbdcompress.records import CurvePoint, EpochRow, InputSpec, Selection, Size
+from vbdcompress.reporting.build import DataRecord, ErrorRecord, StageRecord, log_alpha_histogram
+from vbdcompress.slimming import (
+    DEFAULT_THRESHOLD,
+    Budget,
+    make_budget,
+    measure_curve,
+    reestimate_batch_norm_,
+    select_threshold,
+    slim,
+)
+from vbdcompress.surgery.slice import RemovalPlan
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The data of a run, and what is known of it.
+
+    Attributes:
+        train, validation, test: yield (input, target) batches; test may be None.
+        record: names and counts for the report.
+        input: shape and normalisation.
+    """
+
+    train: Iterable[Any]
+    validation: Iterable[Any]
+    test: Iterable[Any] | None
+    record: DataRecord
+    input: InputSpec
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the network came from, for the files: architecture and arguments where it has a name."""
+
+    name: str
+    source: str | None = None
+    architecture: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How outputs are judged: loss while training, metric when measured."""
+
+    loss: Loss = cross_entropy
+    metric: Metric = top1_error
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a run keeps its checkpoints, whether it goes on from them, and who is told of it."""
+
+    folder: Path | None = None
+    resume: bool = False
+    listener: Listener | None = None
+
+    def checkpoint(self, step: str) -> FitCheckpoint | None:
+        """The checkpoint of one step of the run; None where nothing is kept."""
+        return None if self.folder is None else FitCheckpoint(self.folder / f"{step}.ckpt", self.resume)
+
+
+class StageRunner:
+    """Runs the stages of one run; holds what is the same for all of them.
+
+    Args:
+        sources: the data.
+        config: the options.
+        judge: loss and metric.
+        workplace: where checkpoints are kept.
+        original: size of the network that came in.
+        device: to train and measure on.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        config: RunConfig,
+        judge: Judge,
+        workplace: Workplace,
+        original: Size,
+        device: torch.device,
+    ) -> None:
+        self.sources, self.config, self.judge = sources, config, judge
+        self.workplace, self.original, self.device = workplace, original, device
+
+    def error(self, model: nn.Module, batches: Iterable[Any]) -> float:
+        """Error in percent, measured on the run's device."""
+        return measure_error(model.to(self.device), batches, self.judge.metric)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Take batch norm's statistics anew on training data, without noise, in place."""
+        reestimate_batch_norm_(model.to(self.device), self.sources.train)
+
+    def stage(
+        self,
+        model: nn.Module,
+        samples: Tensor,
+        mode: Literal["weights", "channels"],
+        number: int,
+        baseline: float,
+    ) -> tuple[nn.Module, RemovalPlan, StageRecord]:
+        """Convert, fit, choose and slim once; the slim network, its plan, and the record."""
+        config, sources = self.config, self.sources
+        converted = convert(
+            model,
+            samples[:2],
+            mode,
+            skip=config.skip,
+            prune_inputs=config.prune_inputs,
+            log_sigma2=config.log_sigma2,
+        )
+        fitted = fit(
+            converted.model,
+            sources.train,
+            config,
+            validation=sources.validation,
+            loss=self.judge.loss,
+            metric=self.judge.metric,
+            threshold=_log_threshold(config, mode),
+            num_data=sources.record.train,
+            checkpoint=self.workplace.checkpoint(f"{number + 1}-{mode}"),
+            listener=self.workplace.listener,
+        )
+        curve = measure_curve(
+            converted,
+            lambda candidate: self.error(candidate, sources.validation),
+            prepare=self.prepare,
+            graph_bytes=self.original.bytes - FLOAT_BYTES * self.original.parameters,
+            asked=_log_threshold(config, mode),
+        )
+        selection = self._select(curve, mode, number, baseline)
+        slimmed = slim(converted, selection.threshold)
+        self.prepare(slimmed.model)
+        record = StageRecord(
+            mode,
+            config.prior,
+            default_beta(converted.model) if config.beta is None else config.beta,
+            converted.table,
+            slimmed.groups,
+            fitted.epochs,
+            curve,
+            selection,
+            log_alpha_histogram(converted.model),
+        )
+        return slimmed.model, slimmed.plan, record
+
+    def _select(self, curve: Sequence[CurvePoint], mode: str, number: int, baseline: float) -> Selection:
+        budget = make_budget(self.config, self.original)
+        if self.config.mode == "both" and number == 0 and self.config.has_budget:
+            # Channels first: half of the error budget is left to the weights, whose stage also
+            # answers for parameters and bytes.
+            half = None if budget.max_error_increase is None else budget.max_error_increase / 2
+            macs = {key: bound for key, bound in budget.limits.items() if key == "macs"}
+            budget = Budget(None, half, macs)
+        return select_threshold(curve, budget, mode, baseline)
+
+    def finetune(self, model: nn.Module) -> tuple[EpochRow, ...]:
+        """Ordinary training of the slim network, in place; weights that are 0 stay 0."""
+        if not self.config.finetune_epochs:
+            return ()
+        config = self.config.model_copy(
+            update={
+                "epochs": self.config.finetune_epochs,
+                "lr": self.config.lr_finetune,
+                "schedule": "linear",
+            }
+        )
+        fitted = fit(
+            model,
+            self.sources.train,
+            config,
+            validation=self.sources.validation,
+            loss=self.judge.loss,
+            metric=self.judge.metric,
+            num_data=self.sources.record.train,
+            keep_zeros=True,
+            checkpoint=self.workplace.checkpoint("finetune"),
+            listener=self.workplace.listener,
+        )
+        return fitted.epochs
+
+    def final_errors(self, original: nn.Module, slimmed: nn.Module, baseline: float) -> ErrorRecord:
+        """Validation and, for the first and only time, test error of both networks."""
+        after = self.error(slimmed, self.sources.validation)
+        if self.sources.test is None:
+            return ErrorRecord(baseline, after)
+        tested = [self.error(model, self.sources.test) for model in (original, slimmed)]
+        return ErrorRecord(baseline, after, tested[0], tested[1])
+
+
+def stage_modes(config: RunConfig) -> tuple[Literal["weights", "channels"], ...]:
+    """The stages of a run in their order."""
+    return ("channels", "weights") if config.mode == "both" else (config.mode,)
+
+
+def _log_threshold(config: RunConfig, mode: str) -> float:
+    """Threshold for the epoch log's error and sparsity, while a budget has not chosen yet."""
+    return DEFAULT_THRESHOLD[mode] if config.threshold is None else config.threshold
+
+
+def first_inputs(loader: Iterable[Any]) -> Tensor:
+    """The inputs of the first batch. Raises DataError where there is none, or it is not (tensor, labels)."""
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise DataError("loader", "is empty: it yields no batch.")
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+        raise DataError(
+            "loader",
+            f"yields {type(batch).__name__}s, allowed are pairs of an input tensor and targets.",
+            "Wrap it in a generator that yields (input, target).",
+        )
+    inputs: Tensor = batch[0]
+    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+        raise DataError("loader", "the first batch holds NaN or infinite values.")
+    return inputs
+
+
+def check_labels(model: nn.Module, samples: Tensor, sources: Sources) -> None:
+    """Raise DataError where a label has no logit. Only for sets in memory: others show it as they go."""
+    with torch.no_grad():
+        output = model(samples)
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise DataError(
+            "network",
+            f"gives {tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__}, "
+            "cross entropy needs logits [batch, classes].",
+            "From Python, pass your own: compress(..., loss=, metric=)",
+        )
+    for part, batches in (
+        ("training", sources.train),
+        ("validation", sources.validation),
+        ("test", sources.test),
+    ):
+        if isinstance(batches, TensorBatches) and int(batches.labels.max()) >= output.shape[1]:
+            raise DataError(
+                f"data set '{sources.record.name}', {part} part",
+                f"has labels up to {int(batches.labels.max())}, the network has {output.shape[1]} outputs.",
+                "Choose the data set that it was trained on: --data",
+            )
