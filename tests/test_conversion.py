@@ -128,6 +128,17 @@ def test_convert_leaves_inputs_and_outputs_of_a_skipped_layer_in_channels_mode()
     assert {p.name for p in find_posteriors(converted.model)} == {"0", "3"}
 
 
+def test_convert_multiplies_a_channel_s_gate_and_its_features_own():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    converted = convert(model, torch.randn(2, 1, 4, 4), "channels", prune_inputs=True)
+    gates = {p.name: p.theta.data for p in find_posteriors(converted.model)}
+    gates["0"][1] = 2.0
+    gates["3 (inputs)"][[5, 6]] = torch.tensor([3.0, 7.0])
+    expected = torch.ones(16)
+    expected[4:8] = torch.tensor([2.0, 6.0, 14.0, 2.0])
+    assert torch.equal(converted.model.eval()[3].input_gate.values(1)[0], expected)
+
+
 def test_convert_gates_follow_the_device_and_dtype_of_nothing_but_the_network():
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
     converted = convert(model, torch.randn(2, 5), "channels")

@@ -31,11 +31,15 @@ class FailingLoss:
         if self.calls < self.at:
             return loss
         # the slope of sqrt at 0 is infinite, and infinity times 0 is NaN
-        return loss * torch.nan if self.what == "value" else loss + (0 * output.sum()).square().sqrt()
+        wrong = {"value": loss * torch.nan, "infinity": loss + torch.inf}  # the latter's gradient is finite
+        return wrong.get(self.what, loss + (0 * output.sum()).square().sqrt())
+
+
+WRONG = [("value", 7, 2), ("value", 6, 1), ("infinity", 6, 1), ("gradient", 6, 1)]
 
 
 # Three steps an epoch: the seventh is the first of the third epoch, the sixth the last of the second.
-@pytest.mark.parametrize(("what", "at", "done"), [("value", 7, 2), ("value", 6, 1), ("gradient", 6, 1)])
+@pytest.mark.parametrize(("what", "at", "done"), WRONG)
 def test_fit_stops_where_the_loss_is_not_finite(
     small_batches: TensorBatches, make_network: Make, tmp_path: Path, what: str, at: int, done: int
 ) -> None:

@@ -48,23 +48,35 @@ def make_config(devices):
     return FitConfig(epochs=3, lr=0.01, lr_log_sigma2=0.01, devices=devices, device="cpu", warmup_epochs=1)
 
 
+class Count:
+    """Counts the examples; only the main process is told."""
+
+    examples = 0
+
+    def on_start(self, title, epochs): ...
+
+    def on_epoch(self, row, epochs): ...
+
+    def on_step(self, epoch, step, steps, examples):
+        self.examples += examples
+
+
 def train(devices, global_batch=20):
     """Epoch rows of two fits, one after the other: on tensors, then on a DataLoader."""
+    count = Count()
     model, config = make_model(-40.0), make_config(devices)
     tensors = TensorBatches(inputs, labels, 20, shuffle=True)
     # each process takes its own batches of a DataLoader
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=global_batch)
-    results = [fit(model, batches, config, validation=tensors) for batches in (tensors, loader)]
+    results = [
+        fit(model, batches, config, validation=tensors, listener=count) for batches in (tensors, loader)
+    ]
     rows = [row for result in results for row in result.epochs]
-    return [[row.nll, row.kl, row.beta, row.error] for row in rows], results[0].is_main
+    return [[row.nll, row.kl, row.beta, row.error] for row in rows], results[0].is_main, count.examples
 
 
-class KeepFirst:
+class KeepFirst(Count):
     """Copies the checkpoint after the first epoch."""
-
-    def on_start(self, title, epochs): ...
-
-    def on_step(self, epoch, step, steps, examples): ...
 
     def on_epoch(self, row, epochs):
         if row.epoch == 1:
@@ -85,11 +97,11 @@ def resume(devices):
 if __name__ == "__main__":
     devices = int(sys.argv[1]) if sys.argv[1] != "none" else None
     try:
-        rows, is_main = train(devices, 10)
+        rows, is_main, examples = train(devices, 10)
     except FitError as error:
         print("ERROR", str(error).replace("\\\\n", " "), flush=True)
         sys.exit(7)
-    content = json.dumps({"rows": rows, "resumed": resume(devices)})
+    content = json.dumps({"rows": rows, "resumed": resume(devices), "examples": examples})
     sys.stdout.write(f"{'MAIN' if is_main else 'OTHER'} {content}\\n")  # one write: the output is shared
 '''
 
@@ -138,6 +150,8 @@ def check(found: dict[str, Any], expected: list[list[float]]) -> None:
         for row, wanted in zip(content["rows"], expected, strict=True):
             assert row == pytest.approx(wanted, rel=2e-5)
         assert content["resumed"]
+    # two fits of three epochs of a hundred; each process took its half
+    assert [found[word]["examples"] for word in ("MAIN", "OTHER")] == [600, 0]
 
 
 @pytest.mark.timeout(SECONDS)

@@ -268,6 +268,7 @@ def test_run_refuses_a_data_set_with_more_classes_than_the_network(cli, zoo, tmp
     code, _, err = cli("run", zoo / "digits.pt", "--data", tmp_path / "set.npz", "--out", tmp_path / "out")
     assert code == 1
     assert "labels up to 11, the network has 10 outputs" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_run_refuses_images_that_the_network_can_not_take(cli, zoo, tmp_path):

@@ -67,6 +67,8 @@ def switch_off_(model: nn.Module, share: float) -> None:
 def test_slim_equals_masked(name: str, mode: str) -> None:
     model, batch = build_random(name)
     converted = convert(model, batch, mode)
+    whole = [group.name for group in converted.scan.groups if group.whole_because]
+    assert len(whole) == 1  # the output's channels alone
     switch_off_(converted.model, 0.3)
     set_threshold_(converted.model, THRESHOLD)
     converted.model.eval()
