@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress.checkpoints import FitCheckpoint
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import DataError, FitError
 from vbdcompress.files import load_tensors
-from vbdcompress.fitting import FitCheckpoint, fit
+from vbdcompress.fitting import fit
 
 Make = Callable[[], nn.Module]
 CONFIG = FitConfig(device="cpu", epochs=4)

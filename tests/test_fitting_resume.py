@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from vbdcompress.checkpoints import FitCheckpoint
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import FitError, LoadError
 from vbdcompress.files import load_tensors
-from vbdcompress.fitting import FitCheckpoint, FitResult, fit
+from vbdcompress.fitting import FitResult, fit
 from vbdcompress.records import EpochRow
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
 from vbdcompress.vbd.sampled import attach_sampled_

@@ -94,7 +94,7 @@ def test_export_writes_files_that_a_stranger_can_use(result, data, tmp_path):
 
 
 def test_load_slim_of_an_export_equals_the_result(result, trained, tmp_path):
-    vbdcompress.export(result.model, tmp_path, result.samples, result.header)
+    vbdcompress.export(result.model, tmp_path, result.samples, result.plans)
     fresh = vbdcompress.load_slim(tmp_path / "slim.safetensors", build_architecture("digits"))
     with torch.no_grad():
         assert torch.equal(fresh(result.samples), result.model(result.samples))

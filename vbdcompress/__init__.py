@@ -17,14 +17,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vbdcompress.checkpoints import FitCheckpoint
     from vbdcompress.config import FitConfig, RunConfig
     from vbdcompress.conversion import Converted, convert
     from vbdcompress.data import DataSet, load_data
     from vbdcompress.errors import VbdcompressError
     from vbdcompress.exporting.export import export
     from vbdcompress.exporting.slim_file import SlimFile, load_slim
-    from vbdcompress.fitting import FitCheckpoint, fit
+    from vbdcompress.fitting import fit
     from vbdcompress.loading import Loaded, load
+    from vbdcompress.optimization import parameter_groups
     from vbdcompress.pipeline import Result, compress
     from vbdcompress.records import InputSpec
     from vbdcompress.reporting.build import ReportContext, report
@@ -36,7 +38,7 @@ _HOME = {
     "ELBO": "vbdcompress.vbd.elbo",
     "Converted": "vbdcompress.conversion",
     "DataSet": "vbdcompress.data",
-    "FitCheckpoint": "vbdcompress.fitting",
+    "FitCheckpoint": "vbdcompress.checkpoints",
     "FitConfig": "vbdcompress.config",
     "InputSpec": "vbdcompress.records",
     "Loaded": "vbdcompress.loading",
@@ -53,6 +55,7 @@ _HOME = {
     "load": "vbdcompress.loading",
     "load_data": "vbdcompress.data",
     "load_slim": "vbdcompress.exporting.slim_file",
+    "parameter_groups": "vbdcompress.optimization",
     "report": "vbdcompress.reporting.build",
     "slim": "vbdcompress.slimming",
 }
@@ -79,6 +82,7 @@ __all__ = [
     "load",
     "load_data",
     "load_slim",
+    "parameter_groups",
     "report",
     "slim",
 ]

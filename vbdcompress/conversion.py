@@ -68,7 +68,7 @@ class Converted:
 def convert(
     model: nn.Module,
     example: Tensor,
-    mode: Literal["weights", "channels"] = "weights",
+    mode: Literal["weights", "channels"] = "channels",
     *,
     skip: Sequence[str] = (),
     prune_inputs: bool = False,
@@ -216,9 +216,11 @@ def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupSc
         return "; ".join(f"'{group.name}' stays whole: {group.whole_because}" for group in reads)
     if isinstance(module, nn.Linear | _ConvNd):
         if isinstance(module, _ConvNd) and module.groups > 1:
-            return "its channels follow those of its group"
-        return "reads the network's input, or what no prunable layer writes"
-    return "its channels follow those of its group, or it is not a layer with separable channels"
+            return "follows its group"
+        return "reads the input, or what no prunable layer writes"
+    if isinstance(module, _BatchNorm):
+        return "follows its group"
+    return "not a layer with separable input channels"
 
 
 def _input_gate(

@@ -1,11 +1,9 @@
 """fit: train a network on the ELBO; without a posterior in it, on the plain loss."""
 
 import math
-import pickle
 import time
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,21 +11,17 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vbdcompress.checkpoints import FitCheckpoint, FitState
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, count_examples
 from vbdcompress.data.loaders import check_repeatable
 from vbdcompress.devices import start_fabric
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
-from vbdcompress.files import load_tensors, save_tensors
+from vbdcompress.optimization import default_beta, make_optimizer
 from vbdcompress.records import EpochRow
 from vbdcompress.vbd.elbo import ELBO, beta_at
 from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, set_threshold_
-
-CHECKPOINT_SHARE = 0.05
-# Gates are few beside the examples: their KL at beta = 1 removes little, and 6 of it costs no accuracy
-BETA = {"weight": 1.0, "gate": 6.0}
-START_ANEW = "Resume with the same options, or start anew with --overwrite."
 
 
 class Listener(Protocol):
@@ -50,26 +44,6 @@ class FitResult:
     model: nn.Module
     epochs: tuple[EpochRow, ...]
     is_main: bool
-
-
-@dataclass(frozen=True)
-class FitCheckpoint:
-    """Where a fit keeps its state, and whether it goes on from what is there.
-
-    Attributes:
-        path: of the file; written after the last epoch and after others as they are due.
-        resume: go on from the file where there is one.
-        every_seconds: between two writes; None takes 20 times what the last write took, so that
-            small networks are kept after each epoch and large ones lose at most 5 % of the time.
-    """
-
-    path: Path
-    resume: bool = False
-    every_seconds: float | None = None
-
-    def due(self, since: float, cost: float) -> bool:
-        """Whether to write, `since` seconds after the last write, which took `cost` seconds."""
-        return since >= (cost / CHECKPOINT_SHARE if self.every_seconds is None else self.every_seconds)
 
 
 def fit(
@@ -112,15 +86,15 @@ def fit(
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         total = num_data or count_examples(loader)
         elbo = ELBO(model, loss, total, config.prior)
-        optimizer = _make_optimizer(model, config)
+        optimizer = make_optimizer(model, config)
         dtype = next(model.parameters()).dtype
         step_module, step_optimizer = fabric.setup(elbo, optimizer)
         placed = _place(loader, fabric)
         run = _Run(fabric, config, step_module, step_optimizer, placed, keep_zeros=keep_zeros)
-        state = _State(fabric, config, elbo, optimizer)
+        state = FitState(fabric, config, elbo, optimizer)
         rows = state.restore(checkpoint)
         if listener is not None and fabric.is_global_zero:
-            listener.on_start(_title(model, len(rows)), config.epochs)
+            listener.on_start(_title(model, len(rows), keep_zeros), config.epochs)
         saved, time_saved, cost = len(rows), time.monotonic(), 0.0
         for epoch in range(len(rows), config.epochs):
             nll, kl, seconds = run.epoch(epoch, listener)
@@ -271,29 +245,6 @@ def _cast(batches: Iterable[Any], fabric: Fabric, config: FitConfig) -> Iterator
         yield to_device(inputs, fabric.device, dtype), target
 
 
-def _make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """Adam with a rate for each role: theta and ordinary parameters, log variances, gates."""
-    posteriors = find_posteriors(model)
-    gates = {id(tensor) for p in posteriors if p.kind == "gate" for tensor in (p.theta, p.log_sigma2)}
-    variances = {id(p.log_sigma2) for p in posteriors if p.kind == "weight"}
-    roles: dict[str, list[Tensor]] = {"weights": [], "log_sigma2": [], "gates": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            key = id(parameter)
-            roles["gates" if key in gates else "log_sigma2" if key in variances else "weights"].append(
-                parameter
-            )
-    if not any(roles.values()):
-        raise FitError("fit", "the network has no parameter that can be trained.")
-    rates = {"weights": config.lr, "log_sigma2": config.lr_log_sigma2, "gates": config.lr_gates}
-    groups = [{"params": tensors, "lr": rates[role]} for role, tensors in roles.items() if tensors]
-    # a fused step unscales float16's gradients itself, too late to clip them
-    clips_scaled = config.precision == "16-mixed" and config.clip_norm is not None
-    on_known = all(tensor.device.type in ("cpu", "cuda") for tensor in model.parameters())
-    fusable = on_known and not clips_scaled
-    return torch.optim.Adam(groups, fused=fusable)
-
-
 def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
     """The loader's share of this process: tensors move to the device, a DataLoader gets its sampler."""
     if isinstance(loader, TensorBatches):
@@ -312,17 +263,17 @@ def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
     )
 
 
-def default_beta(model: nn.Module) -> float:
-    """Weight of the KL where none is asked for: 1, the ELBO, for weights; a tempered ELBO for gates."""
-    kinds = {posterior.kind for posterior in find_posteriors(model)}
-    return BETA["gate"] if kinds == {"gate"} else BETA["weight"]
-
-
-def _title(model: nn.Module, done: int) -> str:
+def _title(model: nn.Module, done: int, keep_zeros: bool) -> str:
     posteriors = find_posteriors(model)
     count = sum(posterior.theta.numel() for posterior in posteriors)
     what = "weights" if any(posterior.kind == "weight" for posterior in posteriors) else "channel gates"
-    title = f"Fitting the posterior of {count:,} {what}" if posteriors else "Training"
+    title = (
+        f"Fitting the posterior of {count:,} {what}"
+        if posteriors
+        else "Fine-tuning"
+        if keep_zeros
+        else "Training"
+    )
     return f"{title}, going on after epoch {done}" if done else title
 
 
@@ -333,61 +284,3 @@ def _sparsity(model: nn.Module, threshold: float) -> float | None:
     with torch.no_grad():
         removed = sum(int((p.log_alpha() >= threshold).sum()) for p in posteriors)
     return removed / sum(p.theta.numel() for p in posteriors)
-
-
-def _fingerprint(config: FitConfig) -> dict[str, Any]:
-    """What must be equal for a checkpoint to go on; the machine's part may differ."""
-    return {
-        name: getattr(config, name)
-        for name in FitConfig.model_fields
-        if name not in ("device", "devices", "precision")
-    }
-
-
-class _State:
-    """All that a fit needs to go on: what a checkpoint keeps."""
-
-    def __init__(
-        self, fabric: Fabric, config: FitConfig, elbo: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.fabric, self.config, self.elbo, self.optimizer = fabric, config, elbo, optimizer
-
-    def save(self, checkpoint: FitCheckpoint, rows: list[EpochRow]) -> None:
-        """Write the state after the epochs of `rows`, from the main process."""
-        if self.fabric.is_global_zero:
-            content = {
-                "config": _fingerprint(self.config),
-                "rows": [asdict(row) for row in rows],
-                "model": self.elbo.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.fabric.strategy.precision.state_dict(),  # of float16's gradients
-            }
-            save_tensors(checkpoint.path, content)
-
-    def restore(self, checkpoint: FitCheckpoint | None) -> list[EpochRow]:
-        """The rows of the epochs that are done; network and optimizer are as they were after them."""
-        if checkpoint is None or not checkpoint.resume or not checkpoint.path.exists():
-            return []
-        where = f"checkpoint '{checkpoint.path}'"
-        try:
-            content = load_tensors(checkpoint.path)
-            self._check_config(where, content["config"])
-            self.elbo.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            if content["scaler"]:
-                self.fabric.strategy.precision.load_state_dict(content["scaler"])
-            return [EpochRow(**row) for row in content["rows"]]
-        except (KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise FitError(where, "is no checkpoint of a fit.", START_ANEW) from error
-        except (RuntimeError, ValueError) as error:
-            raise FitError(where, f"is of another network: {error}", START_ANEW) from error
-
-    def _check_config(self, where: str, saved: dict[str, Any]) -> None:
-        differing = {
-            name: (saved.get(name), value)
-            for name, value in _fingerprint(self.config).items()
-            if saved.get(name) != value
-        }
-        if differing:
-            changes = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in differing.items())
-            raise FitError(where, f"is of another fit: {changes}.", START_ANEW)

@@ -4,10 +4,12 @@ import copy
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import Tensor, nn
 
 from vbdcompress.config import RunConfig, make_config
@@ -19,9 +21,9 @@ from vbdcompress.evaluation import Loss, Metric, cross_entropy, top1_error
 from vbdcompress.exporting.export import export
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
-from vbdcompress.exporting.slim_file import SlimFile
 from vbdcompress.files import Scratch
 from vbdcompress.fitting import Listener
+from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report, with_export
 from vbdcompress.reporting.write import write_report
@@ -34,6 +36,7 @@ from vbdcompress.stages import (
     check_labels,
     first_inputs,
     stage_modes,
+    warnings_of,
 )
 from vbdcompress.surgery.slice import RemovalPlan
 
@@ -52,7 +55,8 @@ class Result:
         scratch: folder with its ONNX file, for comparison too; gone when this object is.
         plans: removal plans, one a stage.
         samples: the first inputs of the training loader, what the files are checked on.
-        header: what slim.safetensors says beside its tensors.
+        origin: where the network came from.
+        sources: the data.
         is_main: False in all but one of several processes: only the main one should write.
     """
 
@@ -62,8 +66,14 @@ class Result:
     scratch: Scratch
     plans: tuple[RemovalPlan, ...]
     samples: Tensor
-    header: SlimFile
+    origin: Origin
+    sources: Sources
     is_main: bool
+
+    def __repr__(self) -> str:
+        ratio = self.report["size"]["compression_ratio"]
+        fewer = ", ".join(f"{ratio[key]:.3g}x fewer {key}" for key in ("nonzeros", "parameters", "macs"))
+        return f"Result({fewer}; {self.report['error_split']} error {self.report['error']:.2f} %)"
 
     def export(self, folder: str | Path) -> dict[str, Any]:
         """Write model.onnx, slim.safetensors, report.json and report.html; returns the full report.
@@ -72,7 +82,17 @@ class Result:
             ExportError: the ONNX file does not equal the network; it is not kept.
         """
         folder = Path(folder)
-        check = export(self.model, folder, self.samples, self.header)
+        origin, sources = self.origin, self.sources
+        check = export(
+            self.model,
+            folder,
+            self.samples,
+            self.plans,
+            architecture=origin.architecture,
+            arguments=origin.arguments,
+            data=sources.record.name,
+            input=sources.input,
+        )
         latency = measure_latency(self.scratch.folder / ORIGINAL_FILE, folder / "model.onnx", self.samples)
         content = with_export(self.report, check, latency)
         write_report(content, folder)
@@ -91,6 +111,7 @@ def compress(
     checkpoints: str | Path | None = None,
     resume: bool = False,
     listener: Listener | None = None,
+    verbose: bool = False,
     **options: Any,
 ) -> Result:
     """Make a trained network small: convert, fit, choose, slim, fine-tune, report.
@@ -105,6 +126,7 @@ def compress(
         input: normalisation of the inputs, to pass on in the report.
         checkpoints: folder to keep training state in; with resume, a run that was cut off goes on.
         listener: told of steps and epochs.
+        verbose: show progress and a line for each epoch in the terminal, where no listener is given.
         **options: fields of RunConfig: mode, threshold or a budget, epochs, skip, device, seed...
     Returns:
         the slim network with its report; `.export(folder)` writes the files.
@@ -133,9 +155,11 @@ def compress(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     origin = Origin(type(model).__name__.lower(), type(model).__name__)
-    result = run_stages(
-        model, sources, config, origin, Judge(loss, metric), Workplace(folder, resume, listener)
-    )
+    with ExitStack() as stack:
+        if verbose and listener is None:
+            listener = stack.enter_context(FitProgress(Console()))
+        place = Workplace(folder, resume, listener)
+        result = run_stages(model, sources, config, origin, Judge(loss, metric), place)
     for message in result.report["warnings"]:
         warnings.warn(message, UserWarning, stacklevel=2)
     return result
@@ -164,7 +188,6 @@ def run_stages(
     finetuned = run.finetune(current)
     errors = run.final_errors(original, current, baseline)
     current = current.cpu().eval()
-    header = SlimFile(tuple(plans), origin.architecture, origin.arguments, sources.record.name, sources.input)
     context = ReportContext(
         name=origin.name,
         source=origin.source,
@@ -175,31 +198,17 @@ def run_stages(
         errors=errors,
         stages=stages,
         finetune=finetuned,
-        warnings=_warnings(sources.record),
+        warnings=warnings_of(sources),
         seconds=time.perf_counter() - started,
         device=str(fabric.device),
     )
     after = measure_size(current, samples[:2], before.bytes - FLOAT_BYTES * before.parameters)
     content = report(original, current, samples[:2], (before, after), context)
-    return Result(current, content, original, scratch, tuple(plans), samples, header, fabric.is_global_zero)
+    main = fabric.is_global_zero
+    return Result(current, content, original, scratch, tuple(plans), samples, origin, sources, main)
 
 
 def _original_size(model: nn.Module, path: Path, samples: Tensor, input_name: str) -> Size:
     """Size of the network that came in; its bytes are those of its own ONNX file."""
     check = export_onnx(model, path, samples, input_name=input_name)
     return replace(measure_size(model, samples[:2]), bytes=check.bytes)
-
-
-def _warnings(record: DataRecord) -> list[str]:
-    messages = []
-    if record.validation_held_out is not True:
-        known = "was" if record.validation_held_out is False else "may have been"
-        messages.append(
-            f"The network {known} trained on its validation examples: it looks better on them than it is, "
-            "and a budget measured there misleads. Pass validation data of your own."
-        )
-    if record.test is None:
-        messages.append(
-            "There is no test set: the error is the validation error, on which choices were made."
-        )
-    return messages

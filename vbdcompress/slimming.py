@@ -184,7 +184,8 @@ def select_threshold(
     """The point on the curve that a budget asks for.
 
     Within all size limits: with an error budget, the smallest network that keeps it; without,
-    the one with the lowest validation error. With neither, the threshold asked for or the mode's.
+    the one with the lowest validation error (of equals the largest). With neither, the threshold
+    asked for, or the mode's.
 
     Args:
         curve: from `measure_curve`.
@@ -202,9 +203,13 @@ def select_threshold(
         raise SlimError("budget", _nearest_size(curve, limits), _SIZE_ADVICE)
     told = " and ".join(f"{_LIMIT_NAMES[key]} <= {bound:,}" for key, bound in limits.items())
     if increase is None:
-        best = min(fitting, key=lambda p: (p.error, p.size.nonzeros))
+        best = min(fitting, key=lambda p: (p.error, -p.size.nonzeros))
         return Selection(
-            "budget", best.threshold, baseline_error, limits, f"lowest validation error with {told}"
+            "budget",
+            best.threshold,
+            baseline_error,
+            limits,
+            f"lowest validation error, and of equals the largest network, with {told}",
         )
     allowed = [p for p in fitting if p.error <= baseline_error + increase]
     if not allowed:

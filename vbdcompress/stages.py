@@ -8,13 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.checkpoints import FitCheckpoint
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import convert
 from vbdcompress.count import FLOAT_BYTES
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import DataError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
-from vbdcompress.fitting import FitCheckpoint, Listener, default_beta, fit
+from vbdcompress.fitting import Listener, fit
+from vbdcompress.optimization import default_beta
 from vbdcompress.records import CurvePoint, EpochRow, InputSpec, Selection, Size
 from vbdcompress.reporting.build import DataRecord, ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
@@ -37,6 +39,7 @@ class Sources:
         train, validation, test: yield (input, target) batches; test may be None.
         record: names and counts for the report.
         input: shape and normalisation.
+        notes: sentences that a reader must know, beside those of `warnings_of`.
     """
 
     train: Iterable[Any]
@@ -44,6 +47,24 @@ class Sources:
     test: Iterable[Any] | None
     record: DataRecord
     input: InputSpec
+    notes: tuple[str, ...] = ()
+
+
+def warnings_of(sources: Sources) -> list[str]:
+    """What makes the figures of a run on these data less than they seem, a sentence each."""
+    messages = list(sources.notes)
+    record = sources.record
+    if record.validation_held_out is not True:
+        known = "was" if record.validation_held_out is False else "may have been"
+        messages.append(
+            f"The network {known} trained on its validation examples: it looks better on them than it is, "
+            "and a budget measured there misleads. Pass validation data of your own."
+        )
+    if record.test is None:
+        messages.append(
+            "There is no test set: the error is the validation error, on which choices were made."
+        )
+    return messages
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def _timm_builder(member: str) -> Callable[..., nn.Module]:
 
 def _user_builder(source: str, member: str) -> Callable[..., nn.Module]:
     where = f"architecture '{source}:{member}'"
+    folder = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
+    sys.path.insert(0, folder)  # its neighbours, as if Python had been started on the file
     try:
         if source.endswith(".py"):
             # a name of its own: a user's "random.py" must not stand in for another module
@@ -119,6 +121,8 @@ def _user_builder(source: str, member: str) -> Callable[..., nn.Module]:
             module = importlib.import_module(source)
     except (ImportError, SyntaxError, ValueError) as error:
         raise LoadError(where, f"could not be imported: {error}") from error
+    finally:
+        sys.path.remove(folder)
     builder = getattr(module, member, None)
     if not callable(builder):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vbdcompress.cli.options import data_options, model_options, parse_arch_args
+from vbdcompress.cli.options import data_options, model_options, parse_arch_args, parse_normalisation
 from vbdcompress.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def command(
     data: str | None,
     data_root: Path | None,
     image_size: int | None,
+    mean: str | None,
+    std: str | None,
 ) -> None:
     """Print the error in percent of the network in FILE: a .pt, a slim.safetensors, or an .onnx.
 
@@ -55,7 +57,7 @@ def command(
     dataset = load_data(
         name,
         data_root,
-        normalisation=network.input,
+        normalisation=parse_normalisation(mean, std) or network.input,
         validation_fraction=float(held.get("fraction", 0.1)),
         validation_seed=int(held.get("seed", 0)),
         image_size=image_size,

@@ -10,6 +10,7 @@ import click
 
 from vbdcompress.config import RunConfig
 from vbdcompress.errors import ConfigError
+from vbdcompress.records import InputSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -81,6 +82,15 @@ def model_options(command: Command) -> Command:
 def data_options(command: Command) -> Command:
     """Which data set, and where it lies."""
     command = click.option(
+        "--std", metavar="X[,X,X]", help="Likewise: deviations that inputs are divided by."
+    )(command)
+    command = click.option(
+        "--mean",
+        metavar="X[,X,X]",
+        help="Of each channel, of pixels in [0, 1]: what the network's training subtracted (0 for nothing). "
+        "Without it the file's, else measured on the training images.",
+    )(command)
+    command = click.option(
         "--image-size",
         type=click.IntRange(min=1),
         help="Height and width that a folder's images are resized to.",
@@ -97,6 +107,21 @@ def data_options(command: Command) -> Command:
         help="Data set: digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, svhn, stl10, a folder of "
         "class folders, or an .npz file. Without it, the one that the file names.",
     )(command)
+
+
+def parse_normalisation(mean: str | None, std: str | None) -> InputSpec | None:
+    """--mean and --std as a normalisation for images of any shape; None where neither is given."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise ConfigError("normalisation", "--mean and --std go together.", "For none: --mean 0 --std 1")
+    try:
+        means, stds = (tuple(float(part) for part in text.split(",")) for text in (mean, std))
+    except ValueError as error:
+        raise ConfigError("normalisation", f"'{mean}', '{std}' are not numbers like 0.5,0.5,0.5") from error
+    if len(means) != len(stds) or min(stds) <= 0:
+        raise ConfigError("normalisation", "--mean and --std need as many numbers, and deviations above 0.")
+    return InputSpec((), means, stds)
 
 
 def parse_arch_args(pairs: Iterable[str]) -> dict[str, Any]:

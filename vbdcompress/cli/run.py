@@ -13,9 +13,11 @@ from vbdcompress.cli.options import (
     given_options,
     model_options,
     parse_arch_args,
+    parse_normalisation,
 )
 from vbdcompress.config import RunConfig, make_config, read_toml
 from vbdcompress.errors import ConfigError, DataError
+from vbdcompress.records import InputSpec
 
 if TYPE_CHECKING:
     from vbdcompress.data import DataSet
@@ -49,6 +51,8 @@ def command(
     data: str | None,
     data_root: Path | None,
     image_size: int | None,
+    mean: str | None,
+    std: str | None,
     **options: Any,
 ) -> None:
     """Compress the trained network in FILE and write model.onnx, slim.safetensors and reports.
@@ -67,7 +71,16 @@ def command(
         file,
         out or Path("exports") / file.stem,
         config,
-        _Reading(validation, arch, parse_arch_args(arch_args), unsafe_pickle, data, data_root, image_size),
+        _Reading(
+            validation,
+            arch,
+            parse_arch_args(arch_args),
+            unsafe_pickle,
+            data,
+            data_root,
+            image_size,
+            parse_normalisation(mean, std),
+        ),
         resume,
         overwrite,
     )
@@ -84,6 +97,7 @@ class _Reading:
     data: str | None
     data_root: Path | None
     image_size: int | None
+    normalisation: InputSpec | None
 
     def network(self, file: Path) -> "Loaded":
         """The network and what its file says."""
@@ -104,20 +118,30 @@ class _Reading:
         return load_data(
             name,
             self.data_root,
-            normalisation=loaded.input,
+            normalisation=self.normalisation or loaded.input,
             validation_fraction=float(split["fraction"]),
             validation_seed=int(split["seed"]),
             validation_path=self.validation,
             image_size=self.image_size,
         )
 
+    def notes(self, loaded: "Loaded", data: "DataSet") -> tuple[str, ...]:
+        """What the user must know of how the data were read."""
+        if self.normalisation or loaded.input:
+            return ()
+        return (
+            f"The file does not say how its inputs were normalised: mean {list(data.input.mean)} and std "
+            f"{list(data.input.std)}, measured on the training images, were taken. If training used others, "
+            "every error here is wrong: give them by --mean and --std.",
+        )
+
 
 def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bool, overwrite: bool) -> None:
     from rich.console import Console
 
-    from vbdcompress.cli.console import FitProgress
     from vbdcompress.devices import start_fabric
     from vbdcompress.pipeline import run_stages
+    from vbdcompress.progress import FitProgress
     from vbdcompress.reporting.build import DataRecord
     from vbdcompress.reporting.terminal import print_summary
     from vbdcompress.stages import Judge, Origin, Sources, Workplace
@@ -142,10 +166,11 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
         data.test_batches(),
         record,
         data.input,
+        reading.notes(loaded, data),
     )
     origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}))
     console = Console(quiet=not main)
-    _print_start(console, file, loaded, record, config)
+    _print_start(console, file, loaded, sources, config)
     try:
         with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
             workplace = Workplace(out / STATE, resume, progress)
@@ -162,19 +187,19 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     console.print(f"Written to [bold]{out}[/bold]: {', '.join(content['files'])}", highlight=False)
 
 
-def _print_start(console: Any, file: Path, loaded: "Loaded", record: Any, config: RunConfig) -> None:
+def _print_start(console: Any, file: Path, loaded: "Loaded", sources: Any, config: RunConfig) -> None:
+    from rich.markup import escape
+
+    from vbdcompress.stages import warnings_of
+
+    record = sources.record
     told = f"{file.name}: {loaded.architecture or type(loaded.model).__name__} on {record.name}"
     counts = (
         f"{record.train:,} training, {record.validation:,} validation, {record.test or 0:,} test examples"
     )
     console.print(f"[bold]{told}[/bold]  ({counts}); mode {config.mode}", highlight=False)
-    if record.validation_held_out is not True:
-        console.print(
-            "[yellow]Warning:[/yellow] the file does not say whether the network was trained on its "
-            "validation split; if it was, validation error and budgets look better than they are. "
-            "Pass data of your own: --validation PATH",
-            highlight=False,
-        )
+    for message in warnings_of(sources):
+        console.print(f"[yellow]Warning:[/yellow] {escape(message)}", highlight=False)
 
 
 def _prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:

@@ -5,7 +5,13 @@ from typing import Any
 
 import click
 
-from vbdcompress.cli.options import config_options, data_options, given_options, parse_arch_args
+from vbdcompress.cli.options import (
+    config_options,
+    data_options,
+    given_options,
+    parse_arch_args,
+    parse_normalisation,
+)
 from vbdcompress.config import make_config
 from vbdcompress.errors import ConfigError
 
@@ -45,6 +51,8 @@ def command(
     data: str | None,
     data_root: Path | None,
     image_size: int | None,
+    mean: str | None,
+    std: str | None,
     **options: Any,
 ) -> None:
     """Train ARCH by Adam and write a checkpoint that names its architecture, data set and split.
@@ -60,7 +68,8 @@ def command(
     if out.exists() and not overwrite:
         raise ConfigError("train", f"'{out}' exists.", "--overwrite to replace it")
     config = make_config(given_options(options), "train")
-    _train(arch, parse_arch_args(arch_args), out, data, data_root, image_size, config)
+    reading = {"root": data_root, "image_size": image_size, "normalisation": parse_normalisation(mean, std)}
+    _train(arch, parse_arch_args(arch_args), out, data, reading, config)
 
 
 def _train(
@@ -68,28 +77,21 @@ def _train(
     arguments: dict[str, Any],
     out: Path,
     data: str,
-    root: Path | None,
-    image_size: int | None,
+    reading: dict[str, Any],
     config: Any,
 ) -> None:
     import torch
     from rich.console import Console
 
     from vbdcompress.architectures import build_architecture
-    from vbdcompress.cli.console import FitProgress
     from vbdcompress.data import load_data
     from vbdcompress.evaluation import measure_error
     from vbdcompress.fitting import fit
     from vbdcompress.loading import Loaded, save_checkpoint
+    from vbdcompress.progress import FitProgress
 
     split = {"fraction": config.validation_fraction, "seed": config.seed}
-    dataset = load_data(
-        data,
-        root,
-        validation_fraction=split["fraction"],
-        validation_seed=split["seed"],
-        image_size=image_size,
-    )
+    dataset = load_data(data, validation_fraction=split["fraction"], validation_seed=split["seed"], **reading)
     torch.manual_seed(config.seed)
     model = build_architecture(arch, arguments, trusted=True)
     console = Console()

@@ -100,6 +100,8 @@ def load_data(
         _check_images(f"data set '{name}', {part} part", images, len(raw.classes), shape)
     if normalisation and normalisation.mean:
         spec = replace(normalisation, shape=shape)
+        if len(spec.mean) == 1:  # the same for all channels
+            spec = replace(spec, mean=spec.mean * shape[0], std=spec.std * shape[0])
     else:
         spec = _measure(raw.train)
     if len(spec.mean) != shape[0]:

@@ -1,27 +1,45 @@
 """export: the files of a finished network."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, save_slim
-from vbdcompress.records import ExportCheck
+from vbdcompress.records import ExportCheck, InputSpec
+from vbdcompress.surgery.slice import RemovalPlan
 
 
-def export(model: nn.Module, folder: str | Path, samples: Tensor, header: SlimFile) -> ExportCheck:
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    samples: Tensor,
+    plans: Sequence[RemovalPlan] = (),
+    *,
+    architecture: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    data: str | None = None,
+    input: InputSpec | None = None,
+) -> ExportCheck:
     """Write model.onnx, checked against torch, and slim.safetensors into a folder.
 
     Args:
         model: plain and slim.
         folder: made where it is missing.
         samples: [n, ...] real inputs, normalised as in training.
-        header: removal plans and origin, for `load_slim`.
+        plans: removal plans, in the order in which they were applied: `load_slim` cuts by them.
+        architecture, arguments: how the original is built; without, `load_slim` must be given it.
+        data: name of the data set.
+        input: name, shape and normalisation of the inputs; None takes the samples' shape.
     Raises:
         ExportError: see `export_onnx`; then neither file is written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check = export_onnx(model, folder / "model.onnx", samples, input_name=header.input.name)
+    spec = input or InputSpec(tuple(samples.shape[1:]))
+    check = export_onnx(model, folder / "model.onnx", samples, input_name=spec.name)
+    header = SlimFile(tuple(plans), architecture, dict(arguments or {}), data, spec)
     save_slim(folder / "slim.safetensors", model, header)
     return check
