@@ -89,24 +89,39 @@ def convert(
             it can be converted.
     """
     check_skip(model, skip)
-    check_model(model, example)
-    converted = copy.deepcopy(model)
+    called = check_model(model, example)
+    try:
+        converted = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConvertError(
+            "convert",
+            f"the network can't be copied: {error}",
+            "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations.",
+        ) from error
     example = example.detach().cpu()
     scan = find_groups(model, example, features=prune_inputs)
+    scan = GroupScan(tuple(_leave_skipped(scan.groups, skip)), scan.failure)
     start = LOG_SIGMA2[mode] if log_sigma2 is None else log_sigma2
     if mode == "weights":
-        rows = tuple(_convert_weights_(converted, skip, start))
+        rows = tuple(_convert_weights_(converted, skip, start, called))
     else:
-        scan = GroupScan(tuple(_leave_skipped(scan.groups, skip)), scan.failure)
         rows = tuple(_convert_channels_(converted, scan, start))
     if not any(row.action == "converted" for row in rows):
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows) or "it has no parameters"
-        raise ConvertError("convert", f"nothing in the network can be converted in {mode} mode: {reasons}")
+        reasons = "; ".join(f"{row.name or 'the network'}: {row.reason}" for row in rows)
+        raise ConvertError(
+            "convert",
+            f"nothing in the network can be converted in {mode} mode: {reasons or 'it has no parameters'}.",
+            "" if mode == "weights" else "Single weights may still go: --mode weights",
+        )
     return Converted(converted, mode, rows, scan, example)
 
 
-def check_model(model: nn.Module, example: Tensor) -> None:
-    """Raise ConvertError for a network that has no weights yet, holds NaN, or fails on the example."""
+def check_model(model: nn.Module, example: Tensor) -> set[str]:
+    """Run a network on the example in eval mode; the names of the modules that were called.
+
+    Raises:
+        ConvertError: it has no weights yet, holds NaN, or fails on the example.
+    """
     for name, module in model.named_modules():
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise ConvertError(
@@ -120,6 +135,11 @@ def check_model(model: nn.Module, example: Tensor) -> None:
             raise ConvertError("convert", f"parameter '{name}' holds {bad} NaN or infinite values.")
     was_training = model.training
     model.eval()
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
     try:
         with torch.no_grad():
             model(example.to(device_of(model)))
@@ -130,10 +150,15 @@ def check_model(model: nn.Module, example: Tensor) -> None:
             "Check the input's shape, and --data or --image-size.",
         ) from error
     finally:
+        for hook in hooks:
+            hook.remove()
         model.train(was_training)
+    return called
 
 
-def _convert_weights_(model: nn.Module, skip: Sequence[str], log_sigma2: float) -> Iterator[LayerRow]:
+def _convert_weights_(
+    model: nn.Module, skip: Sequence[str], log_sigma2: float, called: set[str]
+) -> Iterator[LayerRow]:
     tied = shared_parameters(model)
     for name, module in list(model.named_modules()):
         own = list(module.named_parameters(recurse=False))
@@ -143,9 +168,9 @@ def _convert_weights_(model: nn.Module, skip: Sequence[str], log_sigma2: float) 
             continue
         if matches_skip(name, skip):
             yield LayerRow(name, kind, "left", "skipped as asked", count)
-        elif parametrize.is_parametrized(module):
+        elif parametrize.is_parametrized(module) or "parametrizations" in name.split("."):
             yield LayerRow(name, kind, "left", "it already has a parametrization", count)
-        elif type(module) in VBD_LAYERS and id(module.weight) not in tied:
+        elif type(module) in VBD_LAYERS and id(module.weight) not in tied and name in called:
             attach_posterior_(module, log_sigma2)
             yield LayerRow(name, kind, "converted", "a posterior on each weight, drawn at the output", count)
         else:
@@ -188,8 +213,10 @@ def _leave_skipped(groups: Sequence[ChannelGroup], skip: Sequence[str]) -> Itera
 
 def _convert_channels_(model: nn.Module, scan: GroupScan, log_sigma2: float) -> Iterator[LayerRow]:
     device = device_of(model)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     gates = {
-        group.name: ChannelGate(group.size, log_sigma2, group.name).to(device) for group in scan.removable
+        group.name: ChannelGate(group.size, log_sigma2, group.name).to(device, dtype)
+        for group in scan.removable
     }
     reads: dict[str, list[ChannelGroup]] = {}
     for group in scan.groups:

@@ -114,9 +114,11 @@ def uncounted_ops(model: nn.Module, example: Tensor) -> tuple[str, ...]:
 
     Pointwise operations and views are not named: they have no multiply-accumulates to speak of.
     """
+    was_training = model.training
     model.eval()
     with torch.no_grad(), _OpNames() as seen:
         model(example.to(device_of(model)))
+    model.train(was_training)
     return tuple(sorted(seen.names - _DATA_MOVES))
 
 

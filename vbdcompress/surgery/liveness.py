@@ -32,18 +32,21 @@ class _Liveness:
 
 
 @torch.no_grad()
-def plan_removal_(model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor) -> RemovalPlan:
+def plan_removal_(
+    model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor, *, fold: bool = True
+) -> RemovalPlan:
     """What can be cut from a masked network; folds constants into biases, in place.
 
     Args:
         model: plain, eval mode, float64 and on the CPU for exactness. Afterwards it computes the
             same function, with dead channels' weights set to 0 and constants moved into biases.
         groups: those from which channels may go. The last channel of a group always stays.
-        example: a batch of inputs, to run the network on.
+        example: a batch of inputs, to measure constants on: as unlike each other as can be.
+        fold: whether constants may be folded at all.
     """
     state = _Liveness(model, tuple(groups), example)
     state.removed = {group.name: set() for group in state.groups}
-    while _remove_unread(state) or _fold_constants(state):
+    while _remove_unread(state) or (fold and _fold_constants(state)):
         pass
     return _plan_from(state)
 

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan, Index, trace_groups
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import apply_plan_
+from vbdcompress.surgery.walk import shared_parameters
 
 # Largest |masked - sliced| over the largest |masked|, in float64
 EXACT = 1e-10
@@ -33,13 +35,31 @@ def find_groups(model: nn.Module, example: Tensor, *, features: bool = False, se
     """
     trial = _random_copy(model, seed)
     inputs = example.detach().cpu().double() if example.is_floating_point() else example.cpu()
-    scan = trace_groups(trial, inputs, features=features)
+    scan = _leave_entangled(model, trace_groups(trial, inputs, features=features))
     if not scan.removable:
         return scan
     masks = _trial_masks(scan.removable, seed)
     wrong = dict(_find_wrong(trial, inputs, scan.removable, masks))
     groups = (group.whole(wrong[group.name]) if group.name in wrong else group for group in scan.groups)
     return GroupScan(tuple(groups))
+
+
+def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
+    """Leave whole what touches a weight that is computed, or that stands elsewhere under another name."""
+    tied = shared_parameters(model)
+    groups = []
+    for group in scan.groups:
+        reason = None
+        for member in (*group.writers, *group.readers, *group.between):
+            layer = model.get_submodule(member.layer)
+            own = layer._parameters
+            if parametrize.is_parametrized(layer) or ("weight" not in own and hasattr(layer, "weight")):
+                reason = f"the weight of '{member.layer}' is computed from others, not stored"
+            for parameter in own.values():
+                if id(parameter) in tied:
+                    reason = f"'{member.layer}' shares a parameter: {', '.join(tied[id(parameter)])}"
+        groups.append(group.whole(reason) if reason and group.whole_because is None else group)
+    return GroupScan(tuple(groups), scan.failure)
 
 
 def _random_copy(model: nn.Module, seed: int) -> nn.Module:
