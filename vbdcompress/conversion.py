@@ -130,6 +130,12 @@ def check_model(model: nn.Module, example: Tensor) -> set[str]:
                 f"Run one batch through the model first, or skip it: --skip {name}",
             )
     for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ConvertError(
+                "convert",
+                f"parameter '{name}' is {parameter.dtype}, too coarse to learn a variance in.",
+                "Call model.float() first; --precision bf16-mixed makes the fit itself fast.",
+            )
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             bad = int((~parameter.isfinite()).sum())
             raise ConvertError("convert", f"parameter '{name}' holds {bad} NaN or infinite values.")

@@ -67,7 +67,9 @@ def load(
     if path.suffix == ".safetensors":
         header, _ = read_slim(path)
         model = load_slim(path, arch=arch)
-        return Loaded(model, header.architecture, header.arguments, header.data, header.input)
+        return Loaded(
+            model, header.architecture, header.arguments, header.data, header.input, header.validation
+        )
     content = _read_pt(path, unsafe_pickle)
     if isinstance(content, nn.Module):
         return Loaded(content.cpu().eval())
@@ -147,18 +149,15 @@ def _from_checkpoint(path: Path, content: Mapping[str, Any], arch: str | None) -
     name, arguments = arch or content["arch"], content.get("arguments") or {}
     model = build_architecture(name, arguments, trusted=arch is not None)
     _load_state(path, name, model, content["state_dict"])
-    spec = content.get("input")
-    return Loaded(
-        model.eval(),
-        name,
-        arguments,
-        content.get("data"),
-        InputSpec(tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["name"])
-        if spec
-        else None,
-        content.get("validation") or None,
-        content.get("training") or None,
-    )
+    try:
+        spec = InputSpec.from_json(content["input"]) if content.get("input") else None
+        split = content.get("validation") or None
+        if split is not None:
+            split = {"fraction": float(split["fraction"]), "seed": int(split["seed"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoadError(where, f"has a malformed 'input' or 'validation' entry: {error!r}.") from error
+    training = content.get("training") or None
+    return Loaded(model.eval(), name, arguments, content.get("data"), spec, split, training)
 
 
 def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from vbdcompress.conversion import check_model
 from vbdcompress.count import FLOAT_BYTES, measure_size
 from vbdcompress.data import count_examples, split_loader
 from vbdcompress.devices import start_fabric
+from vbdcompress.errors import ConfigError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, top1_error
 from vbdcompress.exporting.export import export
 from vbdcompress.exporting.latency import measure_latency
@@ -35,6 +37,7 @@ from vbdcompress.stages import (
     Workplace,
     check_labels,
     first_inputs,
+    identify_run,
     stage_modes,
     warnings_of,
 )
@@ -92,6 +95,7 @@ class Result:
             arguments=origin.arguments,
             data=sources.record.name,
             input=sources.input,
+            validation=sources.record.split,
         )
         latency = measure_latency(self.scratch.folder / ORIGINAL_FILE, folder / "model.onnx", self.samples)
         content = with_export(self.report, check, latency)
@@ -137,6 +141,11 @@ def compress(
         result = compress(model, loader, validation=held_out, mode="channels", max_error_increase=0.3)
         result.export("exports/mine")
     """
+    for name in ("batch_size", "augment"):
+        if name in options:
+            raise ConfigError(
+                "compress", f"option '{name}' is for named data sets.", "Your loader decides it."
+            )
     config = make_config(options, "compress")
     held_out = None if validation is None else True
     if validation is None:
@@ -169,13 +178,31 @@ def run_stages(
     model: nn.Module, sources: Sources, config: RunConfig, origin: Origin, judge: Judge, workplace: Workplace
 ) -> Result:
     """The whole way on prepared data; `compress` and the command line both end here."""
-    started = time.perf_counter()
     fabric = start_fabric(config)
+    # The order that a user's loader draws outside the fit is the run's own too, and ends with it
+    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        return _run_stages(fabric, model, sources, config, origin, judge, workplace)
+
+
+def _run_stages(
+    fabric: Any,
+    model: nn.Module,
+    sources: Sources,
+    config: RunConfig,
+    origin: Origin,
+    judge: Judge,
+    workplace: Workplace,
+) -> Result:
+    started = time.perf_counter()
     original = copy.deepcopy(model).cpu().eval()
     samples = first_inputs(sources.train)[:SAMPLES].cpu()
     check_model(original, samples[:2])
     if judge.loss is cross_entropy:
         check_labels(original, samples[:2], sources)
+    if fabric.is_global_zero:
+        workplace.claim(identify_run(original, sources, config, samples))
+    fabric.barrier()
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
     run = StageRunner(sources, config, judge, workplace, before, fabric.device)

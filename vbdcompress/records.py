@@ -1,6 +1,8 @@
 """What the stages hand to each other: frozen, plain, printable."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,14 @@ class InputSpec:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     name: str = "input"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "InputSpec":
+        """From plain JSON types. Raises KeyError, TypeError or ValueError where it is none."""
+        shape, mean, std = (content[key] for key in ("shape", "mean", "std"))
+        return cls(
+            tuple(map(int, shape)), tuple(map(float, mean)), tuple(map(float, std)), str(content["name"])
+        )
 
 
 @dataclass(frozen=True)

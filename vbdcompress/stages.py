@@ -1,20 +1,24 @@
 """What a run does stage by stage, between the data that it is given and the report."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.checkpoints import FitCheckpoint
+from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.config import RunConfig
-from vbdcompress.conversion import convert
+from vbdcompress.conversion import Converted, convert
 from vbdcompress.count import FLOAT_BYTES
 from vbdcompress.data import TensorBatches
-from vbdcompress.errors import DataError
+from vbdcompress.errors import DataError, FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
+from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.files import Scratch, write_text
 from vbdcompress.fitting import Listener, fit
 from vbdcompress.optimization import default_beta
 from vbdcompress.records import CurvePoint, EpochRow, InputSpec, Selection, Size
@@ -22,6 +26,7 @@ from vbdcompress.reporting.build import DataRecord, ErrorRecord, StageRecord, lo
 from vbdcompress.slimming import (
     DEFAULT_THRESHOLD,
     Budget,
+    Slim,
     make_budget,
     measure_curve,
     reestimate_batch_norm_,
@@ -85,6 +90,29 @@ class Judge:
     metric: Metric = top1_error
 
 
+IDENTITY_FILE = "run.json"
+# Options that a run may go on with changed: they act once the first posterior is fitted
+AFTER_THE_FIT = {
+    *("threshold", "max_error_increase", "max_params", "max_macs", "max_bytes"),
+    *("finetune_epochs", "lr_finetune"),
+}
+
+
+def identify_run(model: nn.Module, sources: "Sources", config: RunConfig, samples: Tensor) -> dict[str, Any]:
+    """What makes a run this run: its network, its data and its options but for the machine's."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    record = sources.record
+    options = config.model_dump(mode="json", exclude={"device", "devices", "precision"})
+    return {
+        "network": digest.hexdigest()[:16],
+        "data": [record.name, record.train, record.validation, list(samples.shape[1:])],
+        **options,
+    }
+
+
 @dataclass(frozen=True)
 class Workplace:
     """Where a run keeps its checkpoints, whether it goes on from them, and who is told of it."""
@@ -92,6 +120,34 @@ class Workplace:
     folder: Path | None = None
     resume: bool = False
     listener: Listener | None = None
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Note what run the checkpoints are of; with resume, refuse those of another.
+
+        Another threshold, budget or fine-tuning keeps the first fit and drops what came after it.
+
+        Raises:
+            FitError: network, data or another option differ from the run that is to go on.
+        """
+        if self.folder is None:
+            return
+        path = self.folder / IDENTITY_FILE
+        if self.resume and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in identity if identity[key] != before.get(key))
+            fatal = [key for key in differing if key not in AFTER_THE_FIT]
+            if fatal:
+                changes = ", ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in fatal)
+                raise FitError(
+                    "resume", f"the run in '{self.folder.parent}' is another: {changes}.", START_ANEW
+                )
+            stale = [item for item in self.folder.glob("*.ckpt") if not item.name.startswith("1-")]
+            for item in stale if differing else []:
+                item.unlink()
+        else:
+            for item in self.folder.glob("*.ckpt"):
+                item.unlink()
+        write_text(path, json.dumps(identity))
 
     def checkpoint(self, step: str) -> FitCheckpoint | None:
         """The checkpoint of one step of the run; None where nothing is kept."""
@@ -167,8 +223,7 @@ class StageRunner:
             graph_bytes=self.original.bytes - FLOAT_BYTES * self.original.parameters,
             asked=_log_threshold(config, mode),
         )
-        selection = self._select(curve, mode, number, baseline)
-        slimmed = slim(converted, selection.threshold)
+        curve, selection, slimmed = self._choose(converted, curve, number, baseline, samples)
         self.prepare(slimmed.model)
         record = StageRecord(
             mode,
@@ -182,6 +237,29 @@ class StageRunner:
             log_alpha_histogram(converted.model),
         )
         return slimmed.model, slimmed.plan, record
+
+    def _choose(
+        self, converted: Converted, curve: Sequence[CurvePoint], number: int, baseline: float, samples: Tensor
+    ) -> tuple[tuple[CurvePoint, ...], Selection, Slim]:
+        """The point that the budget asks for, where bytes are bounded with the bytes of its real file.
+
+        The curve's bytes are an estimate. Where the chosen point's file is larger than allowed, the
+        measured size takes the estimate's place and the choice is made again.
+        """
+        points = list(curve)
+        while True:
+            selection = self._select(points, converted.mode, number, baseline)
+            slimmed = slim(converted, selection.threshold)
+            bound = selection.limits.get("bytes")
+            if bound is None:
+                return tuple(points), selection, slimmed
+            scratch = Scratch()
+            check = export_onnx(slimmed.model, scratch.folder / "chosen.onnx", samples)
+            for place, point in enumerate(points):
+                if point.threshold == selection.threshold:
+                    points[place] = replace(point, size=replace(point.size, bytes=check.bytes))
+            if check.bytes <= bound:
+                return tuple(points), selection, slimmed
 
     def _select(self, curve: Sequence[CurvePoint], mode: str, number: int, baseline: float) -> Selection:
         budget = make_budget(self.config, self.original)

@@ -168,7 +168,7 @@ def test_run_warns_where_the_file_does_not_say_its_split(cli, zoo, tmp_path):
     )
     assert code == 0
     assert "may have been trained on its validation" in " ".join(printed.split())
-    assert "may have been trained" in json.loads((out / "report.json").read_text())["warnings"][0]
+    assert "may have been trained" in " ".join(json.loads((out / "report.json").read_text())["warnings"])
 
 
 def test_inspect_prints_layers_and_touches_nothing(cli, zoo, tmp_path, monkeypatch):
@@ -292,3 +292,57 @@ def test_run_says_which_normalisation_it_took_and_takes_the_user_s(cli, zoo, tmp
     code, _, err = cli("evaluate", *bare, "--mean", "0.9")
     assert code == 2
     assert "go together" in err
+
+
+def test_resume_refuses_another_network_and_takes_another_threshold(cli, zoo, tmp_path, monkeypatch):
+    options = ["--out", tmp_path / "out", "--epochs", "4", "--finetune-epochs", "4"]
+    real = FitProgress.on_epoch
+
+    def interrupt(self, row, epochs):
+        real(self, row, epochs)
+        if row.sparsity is None and row.epoch == 2:  # while fine-tuning
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FitProgress, "on_epoch", interrupt)
+    assert cli("run", zoo / "digits.pt", *options)[0] == 130
+    monkeypatch.setattr(FitProgress, "on_epoch", real)
+    content = torch.load(zoo / "digits.pt", weights_only=True)
+    content["state_dict"]["fc2.bias"] += 1
+    torch.save(content, tmp_path / "other.pt")
+    code, _, err = cli("run", tmp_path / "other.pt", *options, "--resume")
+    assert code == 1
+    assert "network was" in err
+    code, out, _ = cli("run", zoo / "digits.pt", *options, "--resume", "--threshold", "-1.5")
+    assert code == 0
+    assert out.count("going on after epoch 4") == 1  # the fit is kept, the fine-tuning starts anew
+    assert "Fine-tuning  (4 epochs)" in out
+
+
+def test_max_bytes_holds_for_the_file(cli, zoo, tmp_path):
+    out = tmp_path / "out"
+    code, _, _ = cli("run", zoo / "digits.pt", "--out", out, "--max-bytes", "9000", *QUICK, "--beta", "60")
+    assert code == 0
+    assert (out / "model.onnx").stat().st_size <= 9000
+    assert json.loads((out / "report.json").read_text())["stages"][0]["selection"]["limits"] == {
+        "bytes": 9000
+    }
+
+
+def test_overwrite_keeps_the_old_results_until_there_are_new_ones(cli, finished, zoo, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    code, _, _ = cli("run", zoo / "digits.pt", "--out", out, "--overwrite", "--skip", "conv9")
+    assert code == 1
+    assert sorted(item.name for item in out.iterdir()) == FILES
+
+
+@pytest.mark.parametrize("command", [["evaluate", "ZOO"], ["train", "lenet5", "--out", "OUT"]])
+def test_a_network_that_fails_on_the_data_is_one_clear_paragraph(cli, zoo, tmp_path, command):
+    np.savez(tmp_path / "set.npz", images=np.zeros((60, 13, 13), np.uint8), labels=np.arange(60) % 10)
+    given = {"ZOO": zoo / "digits.pt", "OUT": tmp_path / "net.pt"}
+    data = ["--data", tmp_path / "set.npz", "--mean", "0", "--std", "1"]
+    extra = ["--split", "validation"] if command[0] == "evaluate" else []
+    code, _, err = cli(*[given.get(item, item) for item in command], *data, *extra)
+    assert code == 1
+    assert "fails on" in err
+    assert "Traceback" not in err

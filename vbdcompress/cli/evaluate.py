@@ -80,7 +80,11 @@ class _Network:
 
     def error(self, batches: "TensorBatches") -> float:
         """Top-1 error in percent."""
-        wrong = sum(int((self.run(inputs).argmax(1) != labels).sum()) for inputs, labels in batches)
+        try:
+            wrong = sum(int((self.run(inputs).argmax(1) != labels).sum()) for inputs, labels in batches)
+        except (RuntimeError, ValueError, IndexError) as error:
+            shape = tuple(batches.inputs.shape[1:])
+            raise DataError("evaluate", f"the network fails on inputs of shape {shape}: {error}") from error
         return 100.0 * wrong / batches.num_examples
 
 
@@ -105,12 +109,14 @@ def _open_onnx(file: Path) -> _Network:
     from vbdcompress.reporting.write import read_report
 
     session = open_session(file)
-    name, spec = None, None
+    name, spec, split = None, None, None
     if (file.parent / "report.json").is_file():
         content = read_report(file.parent)
-        name = (content["data"] or {}).get("name")
-        told = content["input"]
-        spec = InputSpec(tuple(told["shape"]), tuple(told["mean"]), tuple(told["std"]), told["name"])
-    return _Network(
-        name, spec, None, lambda inputs: torch.from_numpy(run_session(session, inputs.numpy())[0])
-    )
+        told = content["data"] or {}
+        name, split = told.get("name"), told.get("split")
+        spec = InputSpec.from_json(content["input"])
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(run_session(session, inputs.numpy())[0])
+
+    return _Network(name, spec, split, run)

@@ -105,6 +105,10 @@ class _Reading:
 
         return load(file, arch=self.arch, arguments=self.arch_args, unsafe_pickle=self.unsafe_pickle)
 
+    def split(self, loaded: "Loaded", config: RunConfig) -> dict[str, Any]:
+        """Fraction and seed of the validation split: the file's, so that it is what training left out."""
+        return dict(loaded.validation or {"fraction": config.validation_fraction, "seed": config.seed})
+
     def dataset(self, loaded: "Loaded", config: RunConfig) -> "DataSet":
         """The data set that was asked for, or that the file names, normalised as the file says."""
         from vbdcompress.data import load_data
@@ -114,13 +118,13 @@ class _Reading:
             raise DataError(
                 "run", "the file does not name its data set.", "Name it: --data mnist, or a folder, or .npz"
             )
-        split = loaded.validation or {"fraction": config.validation_fraction, "seed": config.seed}
+        split = self.split(loaded, config)
         return load_data(
             name,
             self.data_root,
             normalisation=self.normalisation or loaded.input,
-            validation_fraction=float(split["fraction"]),
-            validation_seed=int(split["seed"]),
+            validation_fraction=split["fraction"],
+            validation_seed=split["seed"],
             validation_path=self.validation,
             image_size=self.image_size,
         )
@@ -146,19 +150,23 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     from vbdcompress.reporting.terminal import print_summary
     from vbdcompress.stages import Judge, Origin, Sources, Workplace
 
+    _check_folder(out, resume, overwrite)
     loaded = reading.network(file)
+    data = reading.dataset(loaded, config)
     main = start_fabric(config).is_global_zero
     if main:
-        _prepare_folder(out, resume, overwrite)
-    data = reading.dataset(loaded, config)
+        if not resume and (out / STATE).is_dir():
+            shutil.rmtree(out / STATE)
+        (out / STATE).mkdir(parents=True, exist_ok=True)
     held_out = True if reading.validation or loaded.validation else None
     record = DataRecord(
-        data.name,
+        Path(data.name).name if Path(data.name).exists() else data.name,
         data.classes,
         len(data.train),
         len(data.validation),
         None if data.test is None else len(data.test),
         held_out,
+        None if reading.validation else reading.split(loaded, config),
     )
     sources = Sources(
         data.train_batches(config.examples_a_step(len(data.train)), config.seed, config.augment),
@@ -202,8 +210,10 @@ def _print_start(console: Any, file: Path, loaded: "Loaded", sources: Any, confi
         console.print(f"[yellow]Warning:[/yellow] {escape(message)}", highlight=False)
 
 
-def _prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
+def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """An output folder that is new, asked to be replaced, or holds an unfinished run to go on from.
+
+    Only looks: finished results stay until the new ones are there to replace them.
 
     Raises:
         ConfigError: it exists and nobody said what to do with it.
@@ -215,29 +225,20 @@ def _prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
         raise ConfigError(
             "run", f"there is no unfinished run in '{out}' to resume.", "Start one without --resume."
         )
-    if out.is_dir() and any(out.iterdir()) and not resume:
-        if not overwrite:
-            what = "an unfinished run" if state.is_dir() else "files"
-            go_on = "--resume to go on, " if state.is_dir() else ""
-            raise ConfigError(
-                "run",
-                f"folder '{out}' exists and holds {what}.",
-                f"{go_on}--overwrite to replace it, or --out DIR",
-            )
-        _remove_results(out)
-    state.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and any(out.iterdir()) and not resume and not overwrite:
+        what = "an unfinished run" if state.is_dir() else "files"
+        go_on = "--resume to go on, " if state.is_dir() else ""
+        raise ConfigError(
+            "run",
+            f"folder '{out}' exists and holds {what}.",
+            f"{go_on}--overwrite to replace it, or --out DIR",
+        )
 
 
 def _remove_if_empty(out: Path) -> None:
     """Leave no trace of a run that failed before it had anything to keep."""
-    for folder in (out / STATE, out):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _remove_results(out: Path) -> None:
-    """Remove what a run wrote, and nothing else that a user may keep in the folder."""
-    for name in ("model.onnx", "slim.safetensors", "report.json", "report.html"):
-        (out / name).unlink(missing_ok=True)
-    if (out / STATE).is_dir():
-        shutil.rmtree(out / STATE)
+    state = out / STATE
+    if state.is_dir() and not any(state.glob("*.ckpt")):
+        shutil.rmtree(state)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()

@@ -84,6 +84,7 @@ def _train(
     from rich.console import Console
 
     from vbdcompress.architectures import build_architecture
+    from vbdcompress.conversion import check_model
     from vbdcompress.data import load_data
     from vbdcompress.evaluation import measure_error
     from vbdcompress.fitting import fit
@@ -94,6 +95,7 @@ def _train(
     dataset = load_data(data, validation_fraction=split["fraction"], validation_seed=split["seed"], **reading)
     torch.manual_seed(config.seed)
     model = build_architecture(arch, arguments, trusted=True)
+    check_model(model, dataset.train.inputs[:2])
     console = Console()
     with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
         result = fit(

@@ -91,6 +91,8 @@ def load_data(
     Raises:
         DataError: what is missing or malformed.
     """
+    if image_size is None and normalisation and len(normalisation.shape) == 3 and Path(name).is_dir():
+        image_size = normalisation.shape[-1]  # what the network was trained on
     raw = read_source(name, root, image_size)
     parts = {"training": raw.train} | ({"test": raw.test} if raw.test else {})
     if validation_path is not None:

@@ -22,6 +22,7 @@ def export(
     arguments: Mapping[str, Any] | None = None,
     data: str | None = None,
     input: InputSpec | None = None,
+    validation: Mapping[str, Any] | None = None,
 ) -> ExportCheck:
     """Write model.onnx, checked against torch, and slim.safetensors into a folder.
 
@@ -33,6 +34,7 @@ def export(
         architecture, arguments: how the original is built; without, `load_slim` must be given it.
         data: name of the data set.
         input: name, shape and normalisation of the inputs; None takes the samples' shape.
+        validation: {"fraction", "seed"} of the split that was held out.
     Raises:
         ExportError: see `export_onnx`; then neither file is written.
     """
@@ -40,6 +42,13 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     spec = input or InputSpec(tuple(samples.shape[1:]))
     check = export_onnx(model, folder / "model.onnx", samples, input_name=spec.name)
-    header = SlimFile(tuple(plans), architecture, dict(arguments or {}), data, spec)
+    header = SlimFile(
+        tuple(plans),
+        architecture,
+        dict(arguments or {}),
+        data,
+        spec,
+        dict(validation) if validation else None,
+    )
     save_slim(folder / "slim.safetensors", model, header)
     return check

@@ -155,7 +155,10 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
 
 def run_session(session: onnxruntime.InferenceSession, inputs: np.ndarray[Any, Any]) -> list[Any]:
     """All outputs of a session with one input."""
-    outputs: list[Any] = session.run(None, {session.get_inputs()[0].name: inputs})
+    try:
+        outputs: list[Any] = session.run(None, {session.get_inputs()[0].name: inputs})
+    except Exception as error:  # as above
+        raise ExportError("onnxruntime", f"fails on inputs of shape {inputs.shape}: {error}") from error
     return outputs
 
 

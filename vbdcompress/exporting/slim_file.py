@@ -31,6 +31,7 @@ class SlimFile:
         architecture, arguments: how the original network is built; None where it was the user's object.
         data: name of the data set; None where it was the user's loader.
         input: shape and normalisation.
+        validation: {"fraction", "seed"} of the split that was held out; None where nobody says.
     """
 
     plans: tuple[RemovalPlan, ...]
@@ -38,6 +39,7 @@ class SlimFile:
     arguments: dict[str, Any]
     data: str | None
     input: InputSpec
+    validation: dict[str, Any] | None = None
 
 
 def save_slim(path: Path, model: nn.Module, header: SlimFile) -> None:
@@ -59,6 +61,7 @@ def save_slim(path: Path, model: nn.Module, header: SlimFile) -> None:
         "arguments": header.arguments,
         "data": header.data,
         "input": asdict(header.input),
+        "validation": header.validation,
         "sparse_shapes": shapes,
     }
     # One entry: safetensors writes several in random order, and equal runs should give equal files
@@ -87,19 +90,22 @@ def read_slim(path: Path) -> tuple[SlimFile, dict[str, Tensor]]:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise LoadError(where, f"can't be read as safetensors: {error}") from error
-    content = json.loads(metadata.get(FORMAT, "{}"))
-    if content.get("version") != VERSION:
-        found = f"version {content['version']}" if content else "of another kind"
-        raise LoadError(where, f"is {found}, expected {FORMAT} version {VERSION}.")
-    spec = content["input"]
-    header = SlimFile(
-        tuple(RemovalPlan.from_json(plan) for plan in content["plans"]),
-        content["architecture"],
-        content["arguments"],
-        content["data"],
-        InputSpec(tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["name"]),
-    )
-    return header, _unpack(stored, content["sparse_shapes"])
+    try:
+        content = json.loads(metadata.get(FORMAT, "{}"))
+        if content.get("version") != VERSION:
+            found = f"version {content['version']}" if content else "of another kind"
+            raise LoadError(where, f"is {found}, expected {FORMAT} version {VERSION}.")
+        header = SlimFile(
+            tuple(RemovalPlan.from_json(plan) for plan in content["plans"]),
+            content["architecture"],
+            content["arguments"],
+            content["data"],
+            InputSpec.from_json(content["input"]),
+            content["validation"],
+        )
+        return header, _unpack(stored, content["sparse_shapes"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LoadError(where, f"has a malformed header: {error!r}.") from error
 
 
 def _unpack(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:

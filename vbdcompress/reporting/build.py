@@ -54,6 +54,7 @@ class DataRecord:
     Attributes:
         validation_held_out: True where the network was not trained on the validation examples,
             False where it was, None where nobody says.
+        split: {"fraction", "seed"} of the validation split; None where it was given.
     """
 
     name: str | None
@@ -62,6 +63,7 @@ class DataRecord:
     validation: int
     test: int | None
     validation_held_out: bool | None
+    split: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
