@@ -174,3 +174,8 @@ def test_build_architecture_without_timm_says_how_to_get_it(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(LoadError, match="pip install timm"):
         build_architecture("timm:resnet18")
+
+
+def test_build_architecture_refuses_a_file_s_arguments_that_open_others():
+    with pytest.raises(LoadError, match="make it read or download others: checkpoint_path"):
+        build_architecture("timm:resnet18", {"checkpoint_path": "/etc/passwd"})

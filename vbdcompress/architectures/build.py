@@ -21,6 +21,19 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "lenet_500_300": lenet_500_300,
 }
 
+# Arguments by which torchvision's and timm's builders open files or the network
+REACHING_OUT = {
+    *(
+        "checkpoint_path",
+        "cache_dir",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_path",
+    ),
+    *("weights", "weights_backbone"),
+}
+
 
 def build_architecture(
     name: str, arguments: Mapping[str, Any] | None = None, *, trusted: bool = False
@@ -36,6 +49,13 @@ def build_architecture(
     Raises:
         LoadError: the name is unknown, not trusted, or the builder refuses the arguments.
     """
+    reaching_out = sorted(REACHING_OUT & set(arguments or {}))
+    if reaching_out and not trusted:
+        raise LoadError(
+            f"architecture '{name}'",
+            f"has arguments in the file that make it read or download others: {', '.join(reaching_out)}.",
+            f"If you trust it, say so yourself: --arch {name}",
+        )
     builder = _find_builder(name, trusted)
     try:
         model = builder(**dict(arguments or {}))
