@@ -34,14 +34,13 @@ from vbdcompress.stages import (
     Origin,
     Sources,
     StageRunner,
-    Workplace,
     check_labels,
     first_inputs,
-    identify_run,
     stage_modes,
     warnings_of,
 )
 from vbdcompress.surgery.slice import RemovalPlan
+from vbdcompress.workplace import Workplace, identify_run
 
 SAMPLES = 64
 ORIGINAL_FILE = "original.onnx"
@@ -201,7 +200,7 @@ def _run_stages(
     if judge.loss is cross_entropy:
         check_labels(original, samples[:2], sources)
     if fabric.is_global_zero:
-        workplace.claim(identify_run(original, sources, config, samples))
+        workplace.claim(identify_run(original, sources.record, config, samples))
     fabric.barrier()
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)

@@ -1,25 +1,21 @@
 """What a run does stage by stage, between the data that it is given and the report."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.count import FLOAT_BYTES
 from vbdcompress.data import TensorBatches
-from vbdcompress.errors import DataError, FitError
+from vbdcompress.errors import DataError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
 from vbdcompress.exporting.onnx_file import export_onnx
-from vbdcompress.files import Scratch, write_text
-from vbdcompress.fitting import Listener, fit
+from vbdcompress.files import Scratch
+from vbdcompress.fitting import fit
 from vbdcompress.optimization import default_beta
 from vbdcompress.records import CurvePoint, EpochRow, InputSpec, Selection, Size
 from vbdcompress.reporting.build import DataRecord, ErrorRecord, StageRecord, log_alpha_histogram
@@ -34,6 +30,7 @@ from vbdcompress.slimming import (
     slim,
 )
 from vbdcompress.surgery.slice import RemovalPlan
+from vbdcompress.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -88,70 +85,6 @@ class Judge:
 
     loss: Loss = cross_entropy
     metric: Metric = top1_error
-
-
-IDENTITY_FILE = "run.json"
-# Options that a run may go on with changed: they act once the first posterior is fitted
-AFTER_THE_FIT = {
-    *("threshold", "max_error_increase", "max_params", "max_macs", "max_bytes"),
-    *("finetune_epochs", "lr_finetune"),
-}
-
-
-def identify_run(model: nn.Module, sources: "Sources", config: RunConfig, samples: Tensor) -> dict[str, Any]:
-    """What makes a run this run: its network, its data and its options but for the machine's."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    record = sources.record
-    options = config.model_dump(mode="json", exclude={"device", "devices", "precision"})
-    return {
-        "network": digest.hexdigest()[:16],
-        "data": [record.name, record.train, record.validation, list(samples.shape[1:])],
-        **options,
-    }
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where a run keeps its checkpoints, whether it goes on from them, and who is told of it."""
-
-    folder: Path | None = None
-    resume: bool = False
-    listener: Listener | None = None
-
-    def claim(self, identity: dict[str, Any]) -> None:
-        """Note what run the checkpoints are of; with resume, refuse those of another.
-
-        Another threshold, budget or fine-tuning keeps the first fit and drops what came after it.
-
-        Raises:
-            FitError: network, data or another option differ from the run that is to go on.
-        """
-        if self.folder is None:
-            return
-        path = self.folder / IDENTITY_FILE
-        if self.resume and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            differing = sorted(key for key in identity if identity[key] != before.get(key))
-            fatal = [key for key in differing if key not in AFTER_THE_FIT]
-            if fatal:
-                changes = ", ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in fatal)
-                raise FitError(
-                    "resume", f"the run in '{self.folder.parent}' is another: {changes}.", START_ANEW
-                )
-            stale = [item for item in self.folder.glob("*.ckpt") if not item.name.startswith("1-")]
-            for item in stale if differing else []:
-                item.unlink()
-        else:
-            for item in self.folder.glob("*.ckpt"):
-                item.unlink()
-        write_text(path, json.dumps(identity))
-
-    def checkpoint(self, step: str) -> FitCheckpoint | None:
-        """The checkpoint of one step of the run; None where nothing is kept."""
-        return None if self.folder is None else FitCheckpoint(self.folder / f"{step}.ckpt", self.resume)
 
 
 class StageRunner:

@@ -148,7 +148,8 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     from vbdcompress.progress import FitProgress
     from vbdcompress.reporting.build import DataRecord
     from vbdcompress.reporting.terminal import print_summary
-    from vbdcompress.stages import Judge, Origin, Sources, Workplace
+    from vbdcompress.stages import Judge, Origin, Sources
+    from vbdcompress.workplace import Workplace
 
     _check_folder(out, resume, overwrite)
     loaded = reading.network(file)

@@ -1,0 +1,79 @@
+"""Where a run keeps its checkpoints, and how it knows that they are its own."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
+from vbdcompress.config import RunConfig
+from vbdcompress.errors import FitError
+from vbdcompress.files import write_text
+from vbdcompress.fitting import Listener
+from vbdcompress.reporting.build import DataRecord
+
+IDENTITY_FILE = "run.json"
+# Options that a run may go on with changed: they act once the first posterior is fitted
+AFTER_THE_FIT = {
+    *("threshold", "max_error_increase", "max_params", "max_macs", "max_bytes"),
+    *("finetune_epochs", "lr_finetune"),
+}
+
+
+def identify_run(model: nn.Module, record: DataRecord, config: RunConfig, samples: Tensor) -> dict[str, Any]:
+    """What makes a run this run: its network, its data and its options but for the machine's."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    options = config.model_dump(mode="json", exclude={"device", "devices", "precision"})
+    return {
+        "network": digest.hexdigest()[:16],
+        "data": [record.name, record.train, record.validation, list(samples.shape[1:])],
+        **options,
+    }
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a run keeps its checkpoints, whether it goes on from them, and who is told of it."""
+
+    folder: Path | None = None
+    resume: bool = False
+    listener: Listener | None = None
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Note what run the checkpoints are of; with resume, refuse those of another.
+
+        Another threshold, budget or fine-tuning keeps the first fit and drops what came after it.
+
+        Raises:
+            FitError: network, data or another option differ from the run that is to go on.
+        """
+        if self.folder is None:
+            return
+        path = self.folder / IDENTITY_FILE
+        if self.resume and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in identity if identity[key] != before.get(key))
+            fatal = [key for key in differing if key not in AFTER_THE_FIT]
+            if fatal:
+                changes = ", ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in fatal)
+                raise FitError(
+                    "resume", f"the run in '{self.folder.parent}' is another: {changes}.", START_ANEW
+                )
+            stale = [item for item in self.folder.glob("*.ckpt") if not item.name.startswith("1-")]
+            for item in stale if differing else []:
+                item.unlink()
+        else:
+            for item in self.folder.glob("*.ckpt"):
+                item.unlink()
+        write_text(path, json.dumps(identity))
+
+    def checkpoint(self, step: str) -> FitCheckpoint | None:
+        """The checkpoint of one step of the run; None where nothing is kept."""
+        return None if self.folder is None else FitCheckpoint(self.folder / f"{step}.ckpt", self.resume)
