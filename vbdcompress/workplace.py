@@ -17,6 +17,8 @@ from vbdcompress.fitting import Listener
 from vbdcompress.reporting.build import DataRecord
 
 IDENTITY_FILE = "run.json"
+FIRST_STEPS = ("1-channels", "1-weights")
+LATER_STEPS = ("2-weights", "finetune")
 # Options that a run may go on with changed: they act once the first posterior is fitted
 AFTER_THE_FIT = {
     *("threshold", "max_error_increase", "max_params", "max_macs", "max_bytes"),
@@ -66,12 +68,11 @@ class Workplace:
                 raise FitError(
                     "resume", f"the run in '{self.folder.parent}' is another: {changes}.", START_ANEW
                 )
-            stale = [item for item in self.folder.glob("*.ckpt") if not item.name.startswith("1-")]
-            for item in stale if differing else []:
-                item.unlink()
+            stale = LATER_STEPS if differing else ()
         else:
-            for item in self.folder.glob("*.ckpt"):
-                item.unlink()
+            stale = FIRST_STEPS + LATER_STEPS
+        for step in stale:  # by name: the folder may hold checkpoints of the user's own
+            (self.folder / f"{step}.ckpt").unlink(missing_ok=True)
         write_text(path, json.dumps(identity))
 
     def checkpoint(self, step: str) -> FitCheckpoint | None:
