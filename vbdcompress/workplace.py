@@ -17,8 +17,8 @@ from vbdcompress.fitting import Listener
 from vbdcompress.reporting.build import DataRecord
 
 IDENTITY_FILE = "run.json"
-FIRST_STEPS = ("1-channels", "1-weights")
-LATER_STEPS = ("2-weights", "finetune")
+FIRST_STEPS = ["1-channels", "1-weights"]
+LATER_STEPS = ["2-weights", "finetune"]
 # Options that a run may go on with changed: they act once the first posterior is fitted
 AFTER_THE_FIT = {
     *("threshold", "max_error_increase", "max_params", "max_macs", "max_bytes"),
@@ -68,7 +68,7 @@ class Workplace:
                 raise FitError(
                     "resume", f"the run in '{self.folder.parent}' is another: {changes}.", START_ANEW
                 )
-            stale = LATER_STEPS if differing else ()
+            stale = LATER_STEPS if differing else []
         else:
             stale = FIRST_STEPS + LATER_STEPS
         for step in stale:  # by name: the folder may hold checkpoints of the user's own
