@@ -1,17 +1,10 @@
-"""Traversal and names of a network's layers."""
+"""Names of a network's layers and parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from vbdcompress.errors import ConvertError
-
-
-def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that own parameters or buffers themselves, each once, in the order of definition."""
-    for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) or not any(True for _ in module.children()):
-            yield name, module
 
 
 def matches_skip(name: str, skip: Sequence[str]) -> bool:
