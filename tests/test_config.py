@@ -157,3 +157,36 @@ def test_read_toml_says_what_is_wrong(tmp_path: Path, content: bytes | None, mes
         read_toml(path)
     assert "config file" in str(caught.value)
     assert "run.toml" in str(caught.value)
+
+
+def test_rounds_of_both_are_channels_then_weights_with_options_of_their_own() -> None:
+    config = make_config({"mode": "both", "epochs": 50, "beta": 2.0, "first": {"epochs": 5, "beta": 12.0}})
+    first, last = config.rounds
+    assert (first.mode, first.epochs, first.beta, first.lr) == ("channels", 5, 12.0, config.lr)
+    assert (last.mode, last.epochs, last.beta) == ("weights", 50, 2.0)
+
+
+def test_a_first_round_of_weights_takes_what_is_surely_gone() -> None:
+    config = make_config({"mode": "weights", "threshold": 1.0, "first": {"mode": "weights"}})
+    assert [(one.mode, one.threshold) for one in config.rounds] == [("weights", 3.0), ("weights", 1.0)]
+    config = make_config({"mode": "channels", "first": {"mode": "weights", "threshold": 2.0}})
+    assert [(one.mode, one.threshold) for one in config.rounds] == [("weights", 2.0), ("channels", None)]
+
+
+@pytest.mark.parametrize("mode", ["weights", "channels"])
+def test_without_a_first_round_there_is_one(mode: str) -> None:
+    assert [one.mode for one in make_config({"mode": mode}).rounds] == [mode]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mode": "both", "first": {"epocs": 5}}, "first.epocs"),
+        ({"mode": "both", "first": {"epochs": -5}}, "first.epochs"),
+        ({"mode": "weights", "first": {"epochs": 5}}, "a first round needs a mode"),
+        ({"mode": "both", "first": {"mode": "weights"}}, "can't be of weights"),
+    ],
+)
+def test_make_config_checks_the_first_round(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(values)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from vbdcompress.conversion import convert
+from vbdcompress.count import measure_size
 from vbdcompress.errors import ConvertError
 from vbdcompress.slimming import slim
 from vbdcompress.vbd.layers import VBDConv2d, VBDLinear
@@ -170,3 +171,52 @@ def test_convert_refuses_nan_and_names_the_parameter():
 def test_convert_refuses_to_skip_what_is_not_there():
     with pytest.raises(ConvertError, match="no layer is named 'heads'"):
         convert(nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 5), "weights", skip=["heads"])
+
+
+class Branches(nn.Module):
+    """Two convolutions with batch norm, one of them depthwise, and a head: layers of very different cost."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+        self.mixed = nn.Conv2d(8, 16, 1, bias=False)
+        self.head = nn.Linear(16, 4, bias=False)
+
+    def forward(self, x):
+        x = self.depthwise(torch.relu(self.norm(self.stem(x))))
+        return self.head(torch.relu(self.mixed(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("cost", "field"), [("params", "parameters"), ("macs", "macs")])
+def test_cost_is_what_cutting_one_channel_saves(cost, field):
+    network, example = Branches(), torch.randn(2, 3, 10, 10)
+    converted = convert(network, example, cost=cost)
+    whole = getattr(measure_size(network, example), field)
+    saved, costs, sizes = [], [], []
+    for posterior in find_posteriors(converted.model):
+        with torch.no_grad():
+            posterior.log_sigma2[0] = 50.0
+        saved.append(whole - getattr(measure_size(slim(converted, 40.0).model, example), field))
+        with torch.no_grad():
+            posterior.log_sigma2[0] = -4.0
+        costs.append(posterior.cost)
+        sizes.append(posterior.theta.numel())
+    assert costs[0] / costs[1] == pytest.approx(saved[0] / saved[1], rel=1e-6)
+    assert sum(c * n for c, n in zip(costs, sizes, strict=True)) == pytest.approx(sum(sizes))
+    assert costs[0] != pytest.approx(costs[1], rel=0.1)
+
+
+def test_cost_of_both_is_the_mean_of_the_two():
+    network, example = Branches(), torch.randn(2, 3, 10, 10)
+    params, macs, both = (
+        [p.cost for p in find_posteriors(convert(network, example, cost=cost).model)]
+        for cost in ("params", "macs", "params+macs")
+    )
+    assert both == pytest.approx([(one + other) / 2 for one, other in zip(params, macs, strict=True)])
+
+
+def test_without_a_cost_every_channel_weighs_the_same():
+    converted = convert(Branches(), torch.randn(2, 3, 10, 10))
+    assert [posterior.cost for posterior in find_posteriors(converted.model)] == [1.0, 1.0]

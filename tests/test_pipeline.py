@@ -100,6 +100,29 @@ def test_load_slim_of_an_export_equals_the_result(result, trained, tmp_path):
         assert torch.equal(fresh(result.samples), result.model(result.samples))
 
 
+def test_a_first_round_of_weights_is_cut_before_the_last(trained, data, tmp_path):
+    two = compress(
+        trained.model,
+        loader_of(data.train),
+        validation=loader_of(data.validation, shuffle=False),
+        test=loader_of(data.test, shuffle=False),
+        mode="weights",
+        epochs=3,
+        finetune_epochs=0,
+        threshold=-1.0,
+        first={"mode": "weights", "epochs": 12, "beta": 20.0, "warmup_epochs": 1},
+    )
+    first, last = two.report["stages"]
+    assert [len(stage["epochs"]) for stage in (first, last)] == [12, 3]
+    assert [stage["selection"]["threshold"] for stage in (first, last)] == [3.0, -1.0]
+    sizes = [sum(row["parameters"] for row in stage["table"]) for stage in (first, last)]
+    assert sizes[1] < sizes[0]  # what the last round is fitted on
+    two.export(tmp_path / "two")
+    again = vbdcompress.load_slim(tmp_path / "two" / "slim.safetensors", build_architecture("digits"))
+    with torch.no_grad():
+        assert torch.equal(again(two.samples), two.model(two.samples))
+
+
 def test_compress_with_only_a_loader_splits_it_and_warns(trained, data):
     with pytest.warns(UserWarning, match="validation") as seen:
         result = compress(trained.model, loader_of(data.train), epochs=1, finetune_epochs=0)

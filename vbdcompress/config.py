@@ -39,6 +39,14 @@ class FitConfig(BaseModel):
     warmup_epochs: int = Field(
         10, ge=0, description="Epochs over which beta rises from 0; at most half of all."
     )
+    distill: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the loss that follows the original's outputs, not the labels; "
+        "without it 1, and 0 where the loss is your own.",
+    )
+    temperature: float = Field(2.0, gt=0, description="That softens both outputs there.")
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of shuffling and noise.")
     device: str = Field("auto", description="auto, cpu, cuda or mps.")
@@ -57,11 +65,35 @@ def parse_limit(text: str | int, total: int) -> int:
     return int(Decimal(share[1]) * total / 100) if share else int(text)
 
 
+# A first round takes what is surely gone: the literature's threshold, not the lower one of the last cut
+SURELY_GONE = 3.0
+
+
+class FirstRound(BaseModel):
+    """A round before the last: its mode, and options of its own, None where they are the run's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    mode: Literal["weights", "channels"] | None = None
+    epochs: int | None = Field(None, ge=0)
+    lr: float | None = Field(None, gt=0)
+    lr_gates: float | None = Field(None, gt=0)
+    beta: float | None = Field(None, ge=0)
+    warmup_epochs: int | None = Field(None, ge=0)
+    threshold: float | None = None
+    log_sigma2: float | None = None
+
+
 class RunConfig(FitConfig):
     """Everything that `vbdcompress run` and `compress` can be told."""
 
     mode: Mode = Field(
         "channels", description="What is removed: single weights, channels, or channels then weights."
+    )
+    first: FirstRound = Field(
+        FirstRound(),
+        description="A round of its own before the last: after it the network is cut, and the epochs "
+        "that follow are cheap. In mode both it is the round of channels.",
     )
     threshold: float | None = Field(
         None,
@@ -90,6 +122,9 @@ class RunConfig(FitConfig):
     )
     lr_finetune: float = Field(5e-4, gt=0, description="Adam's rate there, falling linearly to 0.")
     skip: tuple[str, ...] = Field((), description="Layer to leave whole, with all below it; may be repeated.")
+    cost: Literal["none", "params", "macs", "params+macs"] = Field(
+        "none", description="Weigh the KL of each channel by what its removal saves: a tempered ELBO."
+    )
     prune_inputs: bool = Field(
         False, description="Also remove input features and single flattened features of Linear layers."
     )
@@ -108,6 +143,18 @@ class RunConfig(FitConfig):
         return self.batch_size or min(200, max(1, num_data // 25))
 
     @property
+    def rounds(self) -> "tuple[RunConfig, ...]":
+        """The options of each round, in order; in each, `mode` is "weights" or "channels"."""
+        last = self.model_copy(update={"mode": "weights"}) if self.mode == "both" else self
+        mode = self.first.mode or ("channels" if self.mode == "both" else None)
+        if mode is None:
+            return (last,)
+        own = self.first.model_dump(exclude_none=True) | {"mode": mode}
+        if mode == "weights" and self.first.threshold is None:
+            own["threshold"] = SURELY_GONE
+        return self.model_copy(update=own), last
+
+    @property
     def limits(self) -> dict[str, int | str]:
         """The size budgets that were given, by the field of `Size` that they bound."""
         given = {"nonzeros": self.max_params, "macs": self.max_macs, "bytes": self.max_bytes}
@@ -117,6 +164,14 @@ class RunConfig(FitConfig):
     def has_budget(self) -> bool:
         """Whether a budget, not a threshold, chooses how much is removed."""
         return bool(self.limits) or self.max_error_increase is not None
+
+    @model_validator(mode="after")
+    def _has_a_first_round(self) -> Self:
+        if self.mode == "both" and self.first.mode == "weights":
+            raise ValueError("mode both is channels, then weights: its first round can't be of weights")
+        if self.mode != "both" and self.first.mode is None and self.first != FirstRound():
+            raise ValueError("a first round needs a mode: weights or channels")
+        return self
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -142,7 +197,8 @@ def make_config(values: Mapping[str, Any], where: str = "configuration") -> RunC
 
 
 def _sentence(item: Any) -> str:
-    name = str(item["loc"][0]) if item["loc"] else ""
+    within = 2 if item["loc"][:1] == ("first",) else 1  # deeper parts name an item, or a type of a union
+    name = ".".join(str(part) for part in item["loc"][:within])
     if item["type"] == "extra_forbidden":
         near = get_close_matches(name, RunConfig.model_fields, n=1)
         return f"option '{name}' is unknown" + (f"; did you mean '{near[0]}'?" if near else "")

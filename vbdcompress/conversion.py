@@ -1,7 +1,7 @@
 """convert: give every weight or channel of a trained network a posterior."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from vbdcompress.count import layer_sizes
 from vbdcompress.errors import ConvertError
 from vbdcompress.evaluation import device_of
 from vbdcompress.records import LayerRow
@@ -24,6 +25,13 @@ from vbdcompress.vbd.posterior import set_threshold_
 from vbdcompress.vbd.sampled import SampledWeight, attach_sampled_, detach_sampled_
 
 # Weights start far below their own noise threshold; gates have few data each and start noisier.
+Cost = Literal["none", "params", "macs", "params+macs"]
+_SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
+    "none": (),
+    "params": ("parameters",),
+    "macs": ("macs",),
+    "params+macs": ("parameters", "macs"),
+}
 LOG_SIGMA2 = {"weights": -10.0, "channels": -4.0}
 
 
@@ -73,6 +81,7 @@ def convert(
     skip: Sequence[str] = (),
     prune_inputs: bool = False,
     log_sigma2: float | None = None,
+    cost: Cost = "none",
 ) -> Converted:
     """A converted copy of a trained network; the network itself is left as it was.
 
@@ -84,6 +93,9 @@ def convert(
         skip: names of layers to leave; a name covers all below it.
         prune_inputs: also treat input features, and single flattened features, of Linear layers.
         log_sigma2: initial log variance; None takes the mode's default.
+        cost: of channels mode: what weighs a channel's KL. "params", "macs", or "params+macs", the
+            mean of the two: what its removal saves, relative to the mean over all gates (a tempered
+            ELBO). "none": nothing, the ELBO.
     Raises:
         ConvertError: the network fails on the example, holds NaN, has lazy layers, or nothing in
             it can be converted.
@@ -105,7 +117,8 @@ def convert(
     if mode == "weights":
         rows = tuple(_convert_weights_(converted, skip, start, called))
     else:
-        rows = tuple(_convert_channels_(converted, scan, start))
+        costs = _channel_costs(model, example, scan.removable, cost)
+        rows = tuple(_convert_channels_(converted, scan, start, costs))
     if not any(row.action == "converted" for row in rows):
         reasons = "; ".join(f"{row.name or 'the network'}: {row.reason}" for row in rows)
         raise ConvertError(
@@ -217,11 +230,39 @@ def _leave_skipped(groups: Sequence[ChannelGroup], skip: Sequence[str]) -> Itera
         yield group.whole(f"'{touched[0]}' is skipped as asked") if asked else group
 
 
-def _convert_channels_(model: nn.Module, scan: GroupScan, log_sigma2: float) -> Iterator[LayerRow]:
+def _channel_costs(
+    model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup], cost: Cost
+) -> dict[str, float]:
+    """Group -> what one of its channels saves in the original network, over the mean of all gates."""
+    layers = {row.name: row for row in layer_sizes(model, example)}
+    count = sum(group.size for group in groups)
+    weighed = []
+    for field in _SIZE_FIELDS[cost]:
+        saved = {
+            group.name: sum(
+                getattr(layers[member.layer], field) * float((member.index >= 0).mean())
+                for member in (*group.writers, *group.between, *group.readers)
+                if member.layer in layers
+            )
+            / group.size
+            for group in groups
+        }
+        mean = sum(saved[group.name] * group.size for group in groups) / max(1, count)
+        if mean:  # 0 where torch counts no MACs
+            weighed.append({name: value / mean for name, value in saved.items()})
+    return {
+        group.name: sum(costs[group.name] for costs in weighed) / len(weighed) if weighed else 1.0
+        for group in groups
+    }
+
+
+def _convert_channels_(
+    model: nn.Module, scan: GroupScan, log_sigma2: float, costs: Mapping[str, float]
+) -> Iterator[LayerRow]:
     device = device_of(model)
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     gates = {
-        group.name: ChannelGate(group.size, log_sigma2, group.name).to(device, dtype)
+        group.name: ChannelGate(group.size, log_sigma2, group.name, costs[group.name]).to(device, dtype)
         for group in scan.removable
     }
     reads: dict[str, list[ChannelGroup]] = {}

@@ -1,5 +1,6 @@
 """fit: train a network on the ELBO; without a posterior in it, on the plain loss."""
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -16,6 +17,7 @@ from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, count_examples
 from vbdcompress.data.loaders import check_repeatable
 from vbdcompress.devices import start_fabric
+from vbdcompress.distillation import DistillationLoss, outputs_of
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
 from vbdcompress.optimization import default_beta, make_optimizer
@@ -55,6 +57,7 @@ def fit(
     loss: Loss = cross_entropy,
     metric: Metric = top1_error,
     threshold: float = KEEP_ALL,
+    teacher: nn.Module | None = None,
     num_data: int | None = None,
     keep_zeros: bool = False,
     checkpoint: FitCheckpoint | None = None,
@@ -70,6 +73,8 @@ def fit(
         loss: (output, target) -> scalar mean NLL in nats.
         metric: (output, target) -> [batch] errors in [0, 1].
         threshold: of log_alpha, for the epoch log's error and sparsity only.
+        teacher: whose outputs the network follows beside the labels, as `config.distill` says (all
+            of the loss where it says nothing): the dense original. None: the labels alone.
         num_data: training examples an epoch over all processes; None counts them.
         keep_zeros: weights (tensors of 2 or more dimensions) that are 0 stay 0.
         checkpoint: where the state is kept; with resume, a fit that was cut off goes on as if
@@ -85,12 +90,14 @@ def fit(
         check_repeatable(batches)
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         total = num_data or count_examples(loader)
+        placed = _place(loader, fabric)
+        loss, placed, absent = _teach(teacher, loss, placed, config, fabric.device)
+        _lay_out_(model, torch.channels_last)
         elbo = ELBO(model, loss, total, config.prior)
         optimizer = make_optimizer(model, config)
         dtype = next(model.parameters()).dtype
         step_module, step_optimizer = fabric.setup(elbo, optimizer)
-        placed = _place(loader, fabric)
-        run = _Run(fabric, config, step_module, step_optimizer, placed, keep_zeros=keep_zeros)
+        run = _Run(fabric, config, step_module, step_optimizer, placed, absent, keep_zeros=keep_zeros)
         state = FitState(fabric, config, elbo, optimizer)
         rows = state.restore(checkpoint)
         if listener is not None and fabric.is_global_zero:
@@ -125,6 +132,7 @@ def fit(
                 listener.on_epoch(row, config.epochs)
     if config.precision == "64-true":
         model.to(dtype)
+    _lay_out_(model, torch.contiguous_format)
     model.eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero)
 
@@ -139,11 +147,13 @@ class _Run:
         module: Any,
         optimizer: Any,
         batches: Any,
+        teacher: nn.Module | None,
         *,
         keep_zeros: bool,
     ) -> None:
         self.fabric, self.config = fabric, config
         self.module, self.optimizer, self.batches = module, optimizer, batches
+        self.teacher = teacher
         self.beta = default_beta(module) if config.beta is None else config.beta
         self.warmup = min(config.warmup_epochs, config.epochs // 2)
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -169,11 +179,11 @@ class _Run:
         self.module.train()
         steps = _count_steps(self.batches)
         count, started = 0, time.perf_counter()
-        for inputs, target in self.batches:
-            sums += self.step(to_device(inputs, fabric.device), to_device(target, fabric.device), beta)
+        for inputs, target, examples in self.shares():
+            sums += self.step(inputs, target, beta)
             count += 1
             if listener is not None and fabric.is_global_zero:
-                listener.on_step(epoch + 1, count, steps, len(target) * fabric.world_size)
+                listener.on_step(epoch + 1, count, steps, examples * fabric.world_size)
         if count == 0:
             raise FitError(f"fit: epoch {epoch + 1}", "the loader gave no batch.")
         mean = sums / count
@@ -181,6 +191,16 @@ class _Run:
             mean = fabric.all_reduce(mean, reduce_op="mean")  # type: ignore[assignment]
         nll, kl = mean.tolist()
         return nll, kl, time.perf_counter() - started
+
+    def shares(self) -> Iterator[tuple[Any, Any, int]]:
+        """This process's inputs, targets and number of examples, on its device, batch by batch."""
+        device = self.fabric.device
+        for batch in self.batches:
+            inputs, target = to_device(batch[0], device), to_device(batch[1], device)
+            if self.teacher is not None:
+                with torch.no_grad(), self.fabric.autocast():
+                    target = (target, self.teacher(inputs))
+            yield inputs, target, len(target[0] if isinstance(target, tuple) else target)
 
     def step(self, inputs: Any, target: Any, beta: Tensor) -> Tensor:
         """One update; returns [2], detached NLL and KL."""
@@ -261,6 +281,32 @@ def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
         f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",
         "Use a torch DataLoader.",
     )
+
+
+def _teach(
+    teacher: nn.Module | None, loss: Loss, batches: Any, config: FitConfig, device: torch.device
+) -> tuple[Loss, Any, nn.Module | None]:
+    """Loss and batches with the teacher's outputs in them; the teacher too where it must be asked anew.
+
+    Inputs that never change are shown to it once; augmented ones, and a loader's, at every step.
+    """
+    share = 1.0 if config.distill is None else config.distill
+    if teacher is None or share == 0:
+        return loss, batches, None
+    teacher = copy.deepcopy(teacher).to(device).eval()
+    distilled = DistillationLoss(loss, share, config.temperature)
+    if isinstance(batches, TensorBatches) and batches.augment == "none":
+        return distilled, batches.taught(outputs_of(teacher, batches.inputs)), None
+    return distilled, batches, teacher
+
+
+def _lay_out_(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Order of the weights of 2-d convolutions in memory; channels last is what they run fastest in."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _title(model: nn.Module, done: int, keep_zeros: bool) -> str:

@@ -36,7 +36,6 @@ from vbdcompress.stages import (
     StageRunner,
     check_labels,
     first_inputs,
-    stage_modes,
     warnings_of,
 )
 from vbdcompress.surgery.slice import RemovalPlan
@@ -204,11 +203,11 @@ def _run_stages(
     fabric.barrier()
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
-    run = StageRunner(sources, config, judge, workplace, before, fabric.device)
+    run = StageRunner(sources, original, config, judge, workplace, before, fabric.device)
     baseline = run.error(original, sources.validation)
     current, plans, stages = original, [], []
-    for number, mode in enumerate(stage_modes(config)):
-        current, plan, stage = run.stage(current, samples, mode, number, baseline)
+    for number in range(len(config.rounds)):
+        current, plan, stage = run.stage(current, samples, number, baseline)
         plans.append(plan)
         stages.append(stage)
     finetuned = run.finetune(current)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class StageRunner:
 
     Args:
         sources: the data.
+        teacher: the network that came in, which the others are distilled from.
         config: the options.
         judge: loss and metric.
         workplace: where checkpoints are kept.
@@ -102,6 +103,7 @@ class StageRunner:
     def __init__(
         self,
         sources: Sources,
+        teacher: nn.Module,
         config: RunConfig,
         judge: Judge,
         workplace: Workplace,
@@ -109,6 +111,9 @@ class StageRunner:
         device: torch.device,
     ) -> None:
         self.sources, self.config, self.judge = sources, config, judge
+        # Outputs that a loss of the user's own reads need not be logits
+        follow = judge.loss is cross_entropy if config.distill is None else config.distill > 0
+        self.teacher = teacher if follow else None
         self.workplace, self.original, self.device = workplace, original, device
 
     def error(self, model: nn.Module, batches: Iterable[Any]) -> float:
@@ -123,12 +128,13 @@ class StageRunner:
         self,
         model: nn.Module,
         samples: Tensor,
-        mode: Literal["weights", "channels"],
         number: int,
         baseline: float,
     ) -> tuple[nn.Module, RemovalPlan, StageRecord]:
         """Convert, fit, choose and slim once; the slim network, its plan, and the record."""
-        config, sources = self.config, self.sources
+        config, sources = self.config.rounds[number], self.sources
+        mode = config.mode
+        assert mode != "both"  # a round is of one kind
         converted = convert(
             model,
             samples[:2],
@@ -136,6 +142,7 @@ class StageRunner:
             skip=config.skip,
             prune_inputs=config.prune_inputs,
             log_sigma2=config.log_sigma2,
+            cost=config.cost,
         )
         fitted = fit(
             converted.model,
@@ -144,7 +151,8 @@ class StageRunner:
             validation=sources.validation,
             loss=self.judge.loss,
             metric=self.judge.metric,
-            threshold=_log_threshold(config, mode),
+            threshold=_log_threshold(config),
+            teacher=self.teacher,
             num_data=sources.record.train,
             checkpoint=self.workplace.checkpoint(f"{number + 1}-{mode}"),
             listener=self.workplace.listener,
@@ -154,7 +162,7 @@ class StageRunner:
             lambda candidate: self.error(candidate, sources.validation),
             prepare=self.prepare,
             graph_bytes=self.original.bytes - FLOAT_BYTES * self.original.parameters,
-            asked=_log_threshold(config, mode),
+            asked=_log_threshold(config),
         )
         curve, selection, slimmed = self._choose(converted, curve, number, baseline, samples)
         self.prepare(slimmed.model)
@@ -195,10 +203,13 @@ class StageRunner:
                 return tuple(points), selection, slimmed
 
     def _select(self, curve: Sequence[CurvePoint], mode: str, number: int, baseline: float) -> Selection:
-        budget = make_budget(self.config, self.original)
-        if self.config.mode == "both" and number == 0 and self.config.has_budget:
-            # Channels first: half of the error budget is left to the weights, whose stage also
-            # answers for parameters and bytes.
+        config, is_last = self.config.rounds[number], number + 1 == len(self.config.rounds)
+        budget = make_budget(config, self.original)
+        if not is_last and config.threshold is not None:
+            budget = Budget(config.threshold)
+        elif not is_last and config.has_budget:
+            # Half of the error budget is left to the last round, which also answers for
+            # parameters and bytes.
             half = None if budget.max_error_increase is None else budget.max_error_increase / 2
             macs = {key: bound for key, bound in budget.limits.items() if key == "macs"}
             budget = Budget(None, half, macs)
@@ -222,6 +233,7 @@ class StageRunner:
             validation=self.sources.validation,
             loss=self.judge.loss,
             metric=self.judge.metric,
+            teacher=self.teacher,
             num_data=self.sources.record.train,
             keep_zeros=True,
             checkpoint=self.workplace.checkpoint("finetune"),
@@ -238,14 +250,9 @@ class StageRunner:
         return ErrorRecord(baseline, after, tested[0], tested[1])
 
 
-def stage_modes(config: RunConfig) -> tuple[Literal["weights", "channels"], ...]:
-    """The stages of a run in their order."""
-    return ("channels", "weights") if config.mode == "both" else (config.mode,)
-
-
-def _log_threshold(config: RunConfig, mode: str) -> float:
+def _log_threshold(config: RunConfig) -> float:
     """Threshold for the epoch log's error and sparsity, while a budget has not chosen yet."""
-    return DEFAULT_THRESHOLD[mode] if config.threshold is None else config.threshold
+    return DEFAULT_THRESHOLD[config.mode] if config.threshold is None else config.threshold
 
 
 def first_inputs(loader: Iterable[Any]) -> Tensor:

@@ -18,7 +18,7 @@ from vbdcompress.reporting.build import DataRecord
 
 IDENTITY_FILE = "run.json"
 FIRST_STEPS = ["1-channels", "1-weights"]
-LATER_STEPS = ["2-weights", "finetune"]
+LATER_STEPS = ["2-channels", "2-weights", "finetune"]
 # Options that a run may go on with changed: they act once the first posterior is fitted
 AFTER_THE_FIT = {
     *("threshold", "max_error_increase", "max_params", "max_macs", "max_bytes"),

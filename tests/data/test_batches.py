@@ -147,3 +147,16 @@ def test_on_moves_the_set_and_keeps_the_order() -> None:
     moved = batches.on(torch.device("meta"), 0, 1)
     assert moved.inputs.is_meta
     assert moved.labels.is_meta
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_taught_batches_keep_each_output_with_its_input(shuffle: bool) -> None:
+    inputs, labels = number(23)
+    batches = (
+        TensorBatches(inputs, labels, 5, shuffle=shuffle).taught(10 * inputs).on(torch.device("cpu"), 0, 1)
+    )
+    for _ in range(2):
+        for found, (label, output) in batches:
+            assert torch.equal(output, 10 * found)
+            assert torch.equal(found[:, 0].long(), label)
+    assert sum(len(found) for found, _ in batches) == (20 if shuffle else 23)

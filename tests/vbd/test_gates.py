@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -156,3 +157,36 @@ def test_detach_gate_restores_the_layer(reader: str) -> None:
     kept.remove()
     assert not gated._forward_pre_hooks
     assert list(gated.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [0, 1, 2],  # all of the first gate
+        [3, 4],  # all of the second
+        [0, 0, 1, 1, 2, 2],  # two features for each channel
+        [2, 1, 0],
+        [0, 1, 2, 3, 4, 5],  # both, and an input that has none
+        [0, 1],
+        [0, 0, 1, 2],
+        [[0, 0, 1, 1, 2, 2], [3, 4, 3, 4, 5, 5]],
+    ],
+)
+def test_input_gate_equals_a_gather_of_all_gates(index: list[Any]) -> None:
+    gates = [make_gate([2.0, 3.0, 5.0]), make_gate([7.0, 11.0])]
+    wanted = torch.tensor(index)
+    gate = InputGate(gates, wanted, -1)
+    torch.manual_seed(1)
+    found = gate.values(6)
+    weights = torch.randn(found.shape)
+    (found * weights).sum().backward()
+    slopes = [own.theta.grad for own in gates]
+    torch.manual_seed(1)
+    drawn = torch.cat([*(own.values(6) for own in gates), torch.ones(6, 1)], 1)
+    expected = drawn[:, wanted] if wanted.dim() == 1 else drawn[:, wanted[0]] * drawn[:, wanted[1]]
+    torch.testing.assert_close(found, expected)
+    by_gather = torch.autograd.grad(
+        (expected * weights).sum(), [own.theta for own in gates], materialize_grads=True
+    )
+    for slope, other in zip(slopes, by_gather, strict=True):
+        torch.testing.assert_close(torch.zeros_like(other) if slope is None else slope, other)

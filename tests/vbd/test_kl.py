@@ -8,16 +8,19 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor
 
-from vbdcompress.vbd.kl import PRIORS, kl_vbd, kl_vd
+from vbdcompress.vbd.kl import PRIORS, kl_sum, kl_vbd, kl_vd
 from vbdcompress.vbd.posterior import log_alpha_of
 
 LOG_ALPHAS = [-8.0, -5.0, -3.0, -2.0, -1.0, -0.3, 0.0, 0.7, 1.0, 2.0, 3.0, 5.0, 8.0]
 Term = Callable[[Tensor], Tensor]
 TERMS = list(PRIORS.values())
+finite32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 def integrate_kl_hierarchical(log_alpha: float, theta: float = 0.7) -> float:
@@ -108,3 +111,46 @@ def test_kl_keeps_its_precision_under_autocast(term: Term) -> None:
     for tensor in (theta, log_sigma2):
         assert tensor.grad is not None
         assert tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("prior", list(PRIORS))
+def test_kl_sum_is_the_sum_of_the_terms_with_its_gradient(prior: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    theta = torch.randn(40, 25, generator=generator, dtype=torch.float64)
+    log_sigma2 = 6 * torch.randn(40, 25, generator=generator, dtype=torch.float64) - 4
+    theta[0] *= 1e-4
+    expected = [tensor.clone().requires_grad_() for tensor in (theta, log_sigma2)]
+    found = [tensor.clone().requires_grad_() for tensor in (theta, log_sigma2)]
+    by_hand = PRIORS[prior](log_alpha_of(*expected)).sum()
+    total = kl_sum(found[0], found[1], prior)
+    (3 * by_hand).backward()
+    (3 * total).backward()
+    torch.testing.assert_close(total, by_hand)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@given(theta=finite32, log_sigma2=st.floats(-1e4, 1e4, width=32))
+@pytest.mark.parametrize("prior", list(PRIORS))
+def test_kl_sum_is_finite_with_gradients(prior: str, theta: float, log_sigma2: float) -> None:
+    tensors = [torch.tensor([value], requires_grad=True) for value in (theta, log_sigma2)]
+    total = kl_sum(tensors[0], tensors[1], prior)
+    total.backward()
+    assert total.isfinite()
+    assert total >= 0
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("prior", list(PRIORS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kl_sum_is_computed_in_float32(prior: str, dtype: torch.dtype) -> None:
+    # 2e-4 squared is 0 in float16
+    theta = torch.tensor([2e-4], dtype=dtype, requires_grad=True)
+    log_sigma2 = torch.tensor([-18.0], dtype=dtype)
+    total = kl_sum(theta, log_sigma2, prior)
+    total.backward()
+    term = PRIORS[prior](log_alpha_of(theta.detach(), log_sigma2)).sum()
+    torch.testing.assert_close(total, term, rtol=1e-3, atol=0)
+    assert theta.grad is not None
+    assert theta.grad.dtype == dtype
+    assert theta.grad.item() > 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
 from vbdcompress.vbd.kl import PRIORS
 from vbdcompress.vbd.layers import attach_posterior_
-from vbdcompress.vbd.posterior import find_posteriors, log_alpha_of, sample, set_threshold_, std_of
+from vbdcompress.vbd.posterior import draw, find_posteriors, log_alpha_of, sample, set_threshold_
 from vbdcompress.vbd.sampled import attach_sampled_
 
 finite32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -49,18 +49,37 @@ def test_log_alpha_of_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("variance", [0.0, -1e-3])
-def test_std_of_has_a_finite_slope_where_there_is_no_variance(dtype: torch.dtype, variance: float) -> None:
+def test_draw_is_the_mean_with_no_slope_where_there_is_no_variance(
+    dtype: torch.dtype, variance: float
+) -> None:
+    mean = torch.full((3,), 2.0, dtype=dtype, requires_grad=True)
     tensor = torch.full((3,), variance, dtype=dtype, requires_grad=True)
-    std = std_of(tensor)
-    std.sum().backward()
-    assert std.max().item() < 1e-4
+    drawn = draw(mean, tensor)
+    drawn.sum().backward()
+    torch.testing.assert_close(drawn.detach(), mean.detach(), atol=1e-6, rtol=0)
     assert tensor.grad is not None
-    assert tensor.grad.isfinite().all()
+    assert mean.grad is not None
+    assert tensor.grad.tolist() == [0.0] * 3
+    assert mean.grad.tolist() == [1.0] * 3
 
 
-def test_std_of_is_the_square_root() -> None:
+def test_draw_has_the_moments_asked_for(assert_moments: Callable[..., None]) -> None:
+    mean = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
     variance = torch.tensor([4.5e-5, 1.0, 900.0], dtype=torch.float64)
-    torch.testing.assert_close(std_of(variance).square(), variance)
+    assert_moments(torch.stack([draw(mean, variance) for _ in range(4000)]), mean, variance)
+
+
+def test_draw_has_the_slopes_of_mean_plus_std_times_noise() -> None:
+    mean, variance = torch.randn(50, 4, dtype=torch.float64), torch.rand(50, 4, dtype=torch.float64)
+    results = []
+    for of in (draw, lambda mean, variance: mean + variance.sqrt() * torch.randn_like(variance)):
+        torch.manual_seed(3)
+        tensors = [tensor.clone().requires_grad_() for tensor in (mean, variance)]
+        drawn = of(*tensors)
+        drawn.square().sum().backward()
+        results.append((drawn.detach(), *(tensor.grad for tensor in tensors)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_sample_has_the_posteriors_moments(assert_moments: Callable[..., None]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
-from vbdcompress.config import RunConfig
+from vbdcompress.config import FirstRound, RunConfig
 from vbdcompress.errors import ConfigError
 from vbdcompress.records import InputSpec
 
@@ -18,9 +18,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def config_options(names: Iterable[str] | None = None) -> Callable[[Command], Command]:
     """Options for fields of RunConfig (all, or those named): one source for name, type, default, help.
 
+    The options of a first round are a table, for TOML files and keywords only.
+
     A command gets None (or an empty tuple) for what the user did not give; `given_options` drops these.
     """
-    chosen = list(RunConfig.model_fields) if names is None else list(names)
+    flat = [name for name, field in RunConfig.model_fields.items() if field.annotation is not FirstRound]
+    chosen = flat if names is None else list(names)
 
     def decorate(command: Command) -> Command:
         for name in reversed(chosen):

@@ -4,7 +4,7 @@ Worker processes and per-example Python would cost more than the networks that w
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class TensorBatches:
         augment: "crop" shifts each image by up to 4 pixels, "crop-flip" also mirrors half of them.
         seed: of the order and the augmentation.
         rank, world_size: this process among all.
+        outputs: [n, ...] what a teacher says of each input; batches are then (input, (label, output)).
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class TensorBatches:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        outputs: Tensor | None = None,
     ) -> None:
-        self.inputs, self.labels = inputs, labels
+        self.inputs, self.labels, self.outputs = inputs, labels, outputs
         self.batch_size = max(1, min(batch_size, len(labels)))
         self.shuffle, self.augment, self.seed = shuffle, augment, seed
         self.rank, self.world_size = rank, world_size
@@ -61,22 +63,33 @@ class TensorBatches:
 
     def on(self, device: torch.device, rank: int, world_size: int) -> "TensorBatches":
         """The same set on a device, for one process among several."""
-        return TensorBatches(
-            self.inputs.to(device),
-            self.labels.to(device),
-            self.batch_size,
-            shuffle=self.shuffle,
-            augment=self.augment,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
+        outputs = None if self.outputs is None else self.outputs.to(device)
+        inputs, labels = self.inputs.to(device), self.labels.to(device)
+        return self._with(inputs=inputs, labels=labels, outputs=outputs, rank=rank, world_size=world_size)
+
+    def taught(self, outputs: Tensor) -> "TensorBatches":
+        """The same set with a teacher's outputs, [n, ...], beside the labels."""
+        return self._with(outputs=outputs)
+
+    def _with(self, **changes: Any) -> "TensorBatches":
+        names = (
+            "inputs",
+            "labels",
+            "batch_size",
+            "shuffle",
+            "augment",
+            "seed",
+            "rank",
+            "world_size",
+            "outputs",
         )
+        return TensorBatches(**({name: getattr(self, name) for name in names} | changes))
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_examples, self.batch_size)
         return full if self.shuffle or rest < self.world_size else full + 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         device = self.labels.device
         generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.epoch)
         order = None
@@ -98,7 +111,8 @@ class TensorBatches:
                 inputs = _augment_images(
                     inputs, shifts[:, share], mirrored[share] if self.augment == "crop-flip" else None
                 )
-            yield inputs, self.labels[chosen]
+            labels = self.labels[chosen]
+            yield inputs, (labels if self.outputs is None else (labels, self.outputs[chosen]))
 
 
 def _augment_images(images: Tensor, shifts: Tensor, mirrored: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.vbd.kl import PRIORS
+from vbdcompress.vbd.kl import kl_sum
 from vbdcompress.vbd.posterior import find_posteriors
 
 
@@ -45,9 +45,8 @@ class ELBO(nn.Module):
         self.prior = prior
 
     def kl(self) -> Tensor:
-        """Sum of KL over all posteriors divided by num_data: nats per example, a scalar."""
-        term = PRIORS[self.prior]
-        parts = [term(posterior.log_alpha()).sum() for posterior in find_posteriors(self.model)]
+        """Sum of KL over all posteriors, each times its cost, over num_data: nats per example, a scalar."""
+        parts = [p.cost * kl_sum(p.theta, p.log_sigma2, self.prior) for p in find_posteriors(self.model)]
         if not parts:
             return torch.zeros((), device=next(self.model.parameters()).device)
         return torch.stack(parts).sum() / self.num_data

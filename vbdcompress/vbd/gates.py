@@ -6,6 +6,7 @@ channel whose gate is 0 at all its readers changes nothing, whatever lies betwee
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,15 @@ class ChannelGate(HasPosterior, nn.Module):
         size: number of channels (or features, or groups of channels that must go together).
         log_sigma2: initial log variance.
         name: of the channels, in reports; empty takes the module's.
+        cost: weight of its KL.
     """
 
     kind = "gate"
 
-    def __init__(self, size: int, log_sigma2: float, name: str = "") -> None:
+    def __init__(self, size: int, log_sigma2: float, name: str = "", cost: float = 1.0) -> None:
         super().__init__()
         self.name = name
+        self.cost = cost
         self.theta = nn.Parameter(torch.ones(size))
         self.log_sigma2 = nn.Parameter(torch.full((size,), log_sigma2))
         self.threshold = KEEP_ALL
@@ -67,13 +70,20 @@ class InputGate(nn.Module):
         self.gates = nn.ModuleList(gates)
         self.dim = dim
         self.register_buffer("index", index, persistent=False)
+        sizes = [gate.theta.numel() for gate in gates]
+        self._runs = [_find_run(row.cpu(), sizes) for row in index.view(-1, index.shape[-1])]
 
     def values(self, batch: int) -> Tensor:
         """[batch or 1, in_features]: what each input feature is multiplied by."""
         drawn = [gate.values(batch) for gate in self.gates if isinstance(gate, ChannelGate)]
-        ungated = drawn[0].new_ones(drawn[0].shape[0], 1)
-        values = torch.cat([*drawn, ungated], dim=1)[:, self.index]
-        return values.prod(1) if self.index.dim() == 2 else values
+        factors = []
+        for row, run in zip(self.index.view(-1, self.index.shape[-1]), self._runs, strict=True):
+            if run is None:
+                ungated = drawn[0].new_ones(drawn[0].shape[0], 1)
+                factors.append(torch.cat([*drawn, ungated], dim=1).index_select(1, row))
+            else:  # a gather's gradient costs more than the layer's own on small layers
+                factors.append(drawn[run[0]][..., None].expand(-1, -1, run[1]).flatten(1))
+        return reduce(torch.mul, factors)
 
     def forward(self, input: Tensor) -> Tensor:
         # a Linear's input may be one example without a batch: [in_features]
@@ -85,6 +95,17 @@ class InputGate(nn.Module):
     def gate_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Forward pre-hook of the reader. A bound method: a deep copy of the network gets its own."""
         return (self(args[0]), *args[1:])
+
+
+def _find_run(row: Tensor, sizes: Sequence[int]) -> tuple[int, int] | None:
+    """The gate whose channels a row lists in order, and how often each; None where it is not so regular."""
+    offset = 0
+    for number, size in enumerate(sizes):
+        repeats = max(1, len(row) // size)
+        if torch.equal(row, torch.arange(offset, offset + size).repeat_interleave(repeats)):
+            return number, repeats
+        offset += size
+    return None
 
 
 def attach_gate_(layer: nn.Module, gate: InputGate) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbdcompress.gather import GatherLinear
-from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior, std_of
+from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior, draw
 
 
 class WeightPosterior(HasPosterior, nn.Module):
@@ -53,9 +53,7 @@ class WeightPosterior(HasPosterior, nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.training:
             return self.linear_map(input, self.masked_theta(), self.bias, *args, **kwargs)
-        mean, variance = self.moments(input, *args, **kwargs)
-        std = std_of(variance).to(mean.dtype)
-        return torch.addcmul(mean, std, torch.randn_like(std))
+        return draw(*self.moments(input, *args, **kwargs))
 
 
 class VBDLinear(WeightPosterior, nn.Linear):

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList
 
-# |theta| below this counts as this: keeps log and its gradient finite at theta = 0, and its
-# square is far below any sigma^2 that is learned (log_sigma2 of -10 is 4.5e-5).
-THETA_MIN = 1e-8
+from vbdcompress.vbd.kl import THETA_MIN
+
 # Variance below this counts as this: sqrt has an infinite slope at 0.
 VARIANCE_MIN = 1e-16
 KEEP_ALL = float("inf")
@@ -28,9 +29,38 @@ def log_alpha_of(theta: Tensor, log_sigma2: Tensor) -> Tensor:
     return log_sigma2.to(precise) - 2 * theta.to(precise).abs().clamp_min(THETA_MIN).log()
 
 
-def std_of(variance: Tensor) -> Tensor:
-    """Square root whose slope is finite at 0. Clamped: a Winograd convolution of squares can dip below 0."""
-    return variance.clamp_min(VARIANCE_MIN).sqrt()
+def draw(mean: Tensor, variance: Tensor) -> Tensor:
+    """One draw from N(mean, variance) for each element, differentiable once in both.
+
+    The square root's slope is 0, not infinite, where there is no variance; a variance below 0, which
+    a Winograd convolution of squares can yield, counts as none.
+
+    Args:
+        mean, variance: the same shape; the variance may be of a more precise type.
+    Returns:
+        shape and dtype of mean.
+    """
+    drawn: Tensor = _Draw.apply(mean, variance)
+    return drawn
+
+
+class _Draw(torch.autograd.Function):
+    """mean + sqrt(variance) * noise in one node: what autograd would keep of it is three tensors more."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor) -> Tensor:
+        # drawn in float32 at least: lower precisions are slower to draw, and coarser in the tails
+        precise = torch.promote_types(variance.dtype, torch.float32)
+        noise = torch.randn_like(variance, dtype=precise).to(variance.dtype)
+        std = variance.clamp_min(VARIANCE_MIN).sqrt_()
+        ctx.save_for_backward((0.5 * noise).div_(std).masked_fill_(variance <= VARIANCE_MIN, 0))
+        return torch.addcmul(mean, std.to(mean.dtype), noise.to(mean.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return grad, (grad * slope).to(slope.dtype)
 
 
 def sample(theta: Tensor, log_sigma2: Tensor) -> Tensor:
@@ -43,10 +73,12 @@ class HasPosterior:
     """What a module with a posterior shows: its parameters and the threshold that eval mode masks by.
 
     `threshold` is a plain attribute: in eval mode whatever has log_alpha >= threshold counts as 0.
+    `cost` weighs its KL: what one of its elements saves when it goes, relative to the others'.
     """
 
     kind = "weight"
     threshold: float
+    cost: float = 1.0
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """theta and log_sigma2, the same shape."""
@@ -81,6 +113,11 @@ class Posterior:
     holder: HasPosterior
     theta: Tensor
     log_sigma2: Tensor
+
+    @property
+    def cost(self) -> float:
+        """Weight of its KL in the objective."""
+        return self.holder.cost
 
     def log_alpha(self) -> Tensor:
         """log(sigma^2 / theta^2), the shape of theta."""

@@ -1,0 +1,43 @@
+"""Distillation: a network follows the outputs of its teacher, the dense original, beside the labels."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vbdcompress.evaluation import Loss
+
+AT_ONCE = 1000
+
+
+class DistillationLoss:
+    """share * KL(teacher || network), both softened by T, + (1 - share) * loss to the labels.
+
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, without their factor
+    T^2: so it is the NLL of softened labels, less their entropy, in nats, and the beta that balances
+    it against the posterior's KL is that of hard labels (measured at T = 2: the same sparsity).
+
+    Args:
+        loss: (output, labels) -> scalar mean NLL in nats.
+        share: in [0, 1].
+        temperature: what both outputs are divided by.
+    """
+
+    def __init__(self, loss: Loss, share: float, temperature: float) -> None:
+        self.loss, self.share, self.temperature = loss, share, temperature
+
+    def __call__(self, output: Tensor, target: tuple[Any, Tensor]) -> Tensor:
+        """Scalar, nats per example; output [batch, classes, ...], target (labels, teacher's output)."""
+        labels, taught = target
+        network = F.log_softmax(output / self.temperature, 1)
+        teacher = F.log_softmax(taught.to(network.dtype) / self.temperature, 1)
+        divergence = F.kl_div(network, teacher, reduction="none", log_target=True).sum(1).mean()
+        distilled = self.share * divergence
+        return distilled if self.share == 1 else distilled + (1 - self.share) * self.loss(output, labels)
+
+
+@torch.no_grad()
+def outputs_of(teacher: nn.Module, inputs: Tensor) -> Tensor:
+    """The teacher's outputs for a whole set in memory, [n, classes, ...]."""
+    return torch.cat([teacher(part) for part in torch.split(inputs, AT_ONCE)])
