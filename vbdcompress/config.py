@@ -131,6 +131,7 @@ class RunConfig(FitConfig):
     augment: Literal["auto", "none", "crop", "crop-flip"] = Field(
         "auto", description="Of training images; auto is crop-flip for CIFAR, none else."
     )
+    augment_pixels: int = Field(4, ge=0, le=4, description="Largest shift of a training image by crop.")
     validation_fraction: float = Field(
         0.1,
         gt=0,

@@ -139,7 +139,7 @@ def compress(
         result = compress(model, loader, validation=held_out, mode="channels", max_error_increase=0.3)
         result.export("exports/mine")
     """
-    for name in ("batch_size", "augment"):
+    for name in ("batch_size", "augment", "augment_pixels"):
         if name in options:
             raise ConfigError(
                 "compress", f"option '{name}' is for named data sets.", "Your loader decides it."

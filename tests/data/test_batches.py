@@ -123,6 +123,17 @@ def test_augmentation_gives_torchvisions_crops_one_draw_an_image(augment: str) -
     assert 110 < mirrored < 190 if augment == "crop-flip" else mirrored == 0
 
 
+def test_augmentation_shifts_by_at_most_the_pixels_asked_for() -> None:
+    image = torch.zeros(1, 1, 9, 9)
+    image[0, 0, 4, 4] = 1
+    batches = TensorBatches(
+        image.expand(400, 1, 9, 9), torch.zeros(400, dtype=torch.int64), 400, augment="crop", pixels=2
+    )
+    ((inputs, _),) = list(batches)
+    places = {tuple(place) for place in inputs[:, 0].nonzero()[:, 1:].tolist()}
+    assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
+
+
 def test_augmentation_differs_between_epochs_and_repeats_itself() -> None:
     images = torch.rand(20, 1, 6, 6)
     batches = TensorBatches(images, torch.arange(20), 20, augment="crop-flip", seed=1)

@@ -69,6 +69,14 @@ def test_draw_has_the_moments_asked_for(assert_moments: Callable[..., None]) -> 
     assert_moments(torch.stack([draw(mean, variance) for _ in range(4000)]), mean, variance)
 
 
+def test_draw_keeps_the_order_in_memory_and_the_moments(assert_moments: Callable[..., None]) -> None:
+    mean = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    variance = torch.rand(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    draws = [draw(mean, variance) for _ in range(4000)]
+    assert draws[0].is_contiguous(memory_format=torch.channels_last)
+    assert_moments(torch.stack(draws), mean, variance)
+
+
 def test_draw_has_the_slopes_of_mean_plus_std_times_noise() -> None:
     mean, variance = torch.randn(50, 4, dtype=torch.float64), torch.rand(50, 4, dtype=torch.float64)
     results = []

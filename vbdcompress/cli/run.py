@@ -170,7 +170,9 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
         None if reading.validation else reading.split(loaded, config),
     )
     sources = Sources(
-        data.train_batches(config.examples_a_step(len(data.train)), config.seed, config.augment),
+        data.train_batches(
+            config.examples_a_step(len(data.train)), config.seed, config.augment, config.augment_pixels
+        ),
         data.validation_batches(),
         data.test_batches(),
         record,

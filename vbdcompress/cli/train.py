@@ -22,6 +22,7 @@ OPTIONS = (
     "schedule",
     "clip_norm",
     "augment",
+    "augment_pixels",
     "validation_fraction",
     "seed",
     "device",
@@ -100,7 +101,9 @@ def _train(
     with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
         result = fit(
             model,
-            dataset.train_batches(config.examples_a_step(len(dataset.train)), config.seed, config.augment),
+            dataset.train_batches(
+                config.examples_a_step(len(dataset.train)), config.seed, config.augment, config.augment_pixels
+            ),
             config,
             validation=dataset.validation_batches(),
             listener=progress,

@@ -27,7 +27,8 @@ class TensorBatches:
             than the number of processes is left out, for an empty share has no mean loss.
         shuffle: draw a new order for each epoch from (seed, epoch), and leave out a last
             partial batch, which another epoch's order will cover.
-        augment: "crop" shifts each image by up to 4 pixels, "crop-flip" also mirrors half of them.
+        augment: "crop" shifts each image, "crop-flip" also mirrors half of them.
+        pixels: largest shift in each direction, at most CROP_PADDING.
         seed: of the order and the augmentation.
         rank, world_size: this process among all.
         outputs: [n, ...] what a teacher says of each input; batches are then (input, (label, output)).
@@ -41,6 +42,7 @@ class TensorBatches:
         *,
         shuffle: bool = False,
         augment: Augment = "none",
+        pixels: int = CROP_PADDING,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -48,7 +50,7 @@ class TensorBatches:
     ) -> None:
         self.inputs, self.labels, self.outputs = inputs, labels, outputs
         self.batch_size = max(1, min(batch_size, len(labels)))
-        self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.shuffle, self.augment, self.pixels, self.seed = shuffle, augment, pixels, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
@@ -78,6 +80,7 @@ class TensorBatches:
             "batch_size",
             "shuffle",
             "augment",
+            "pixels",
             "seed",
             "rank",
             "world_size",
@@ -104,8 +107,9 @@ class TensorBatches:
             inputs = self.inputs[chosen]
             if self.augment != "none":
                 # drawn for the whole batch, so that no two processes repeat each other's draws
+                largest = CROP_PADDING + self.pixels
                 shifts = torch.randint(
-                    0, 2 * CROP_PADDING + 1, (2, size, 1), generator=generator, device=device
+                    CROP_PADDING - self.pixels, largest + 1, (2, size, 1), generator=generator, device=device
                 )
                 mirrored = torch.rand(size, 1, generator=generator, device=device) < 0.5
                 inputs = _augment_images(
@@ -116,23 +120,20 @@ class TensorBatches:
 
 
 def _augment_images(images: Tensor, shifts: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Each image shifted, and perhaps mirrored, by a draw of its own, in one gather.
+    """Each image shifted, and perhaps mirrored, by a draw of its own, in one gather of windows.
 
     torchvision.transforms.v2 draws once for a whole batch of tensors, which is a weaker
     augmentation, and a call for each image costs more than the network.
 
     Args:
         images: [n, c, h, w].
-        shifts: [2, n, 1] pixels from the top and the left of the padded image.
+        shifts: [2, n, 1] pixels from the top and the left of the image padded by CROP_PADDING.
         mirrored: [n, 1] bool; None mirrors no image.
     """
-    count, channels, height, width = images.shape
-    padded = F.pad(images, (CROP_PADDING,) * 4)
-    top, left = shifts
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.arange(width, device=images.device)
-    if mirrored is not None:
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    batch = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return padded[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    count, _, height, width = images.shape
+    windows = F.pad(images, (CROP_PADDING,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    top, left = shifts.squeeze(-1)
+    shifted = windows[torch.arange(count, device=images.device), :, top, left]
+    if mirrored is None:
+        return shifted
+    return torch.where(mirrored[:, :, None, None], shifted.flip(-1), shifted)

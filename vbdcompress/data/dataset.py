@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vbdcompress.data.batches import Augment, TensorBatches
+from vbdcompress.data.batches import CROP_PADDING, Augment, TensorBatches
 from vbdcompress.data.sources import RawImages, read_source
 from vbdcompress.errors import DataError
 from vbdcompress.records import InputSpec
@@ -46,7 +46,9 @@ class DataSet:
     validation: Examples
     test: Examples | None
 
-    def train_batches(self, batch_size: int, seed: int, augment: str = "none") -> TensorBatches:
+    def train_batches(
+        self, batch_size: int, seed: int, augment: str = "none", pixels: int = CROP_PADDING
+    ) -> TensorBatches:
         """The training examples, shuffled; augment "auto" crops and flips where that keeps the label."""
         chosen: Augment = "none"
         if augment == "auto":
@@ -56,7 +58,13 @@ class DataSet:
         elif augment == "crop-flip":
             chosen = "crop-flip"
         return TensorBatches(
-            self.train.inputs, self.train.labels, batch_size, shuffle=True, augment=chosen, seed=seed
+            self.train.inputs,
+            self.train.labels,
+            batch_size,
+            shuffle=True,
+            augment=chosen,
+            pixels=pixels,
+            seed=seed,
         )
 
     def validation_batches(self, batch_size: int = 1000) -> TensorBatches:

@@ -61,6 +61,7 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
             loader.batch_size,
             shuffle=loader.shuffle,
             augment=loader.augment,
+            pixels=loader.pixels,
             seed=loader.seed,
         )
         return shuffled, TensorBatches(loader.inputs[held], loader.labels[held], loader.batch_size)

@@ -1,0 +1,148 @@
+"""The rival: magnitude pruning with fine-tuning, brought to the size that VBD reached with the same seed.
+
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015: prune the
+smallest, train what is left, and again, ROUNDS times. The same dense network, data, batches, teacher
+and number of epochs as VBD's run. Single weights: torch.nn.utils.prune, over all layers at once.
+Channels: torch-pruning's MagnitudePruner, over all layers at once; it cannot remove inputs.
+
+    python zoo/paper/magnitude.py lenet_300_100_weights --seed 0 --out RUN --data-root DATA
+"""
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch_pruning as tp
+from rows import RESULTS, ROWS, Row
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from vbdcompress.checkpoints import FitCheckpoint
+from vbdcompress.config import RunConfig, make_config, read_toml
+from vbdcompress.count import measure_size
+from vbdcompress.data import DataSet, load_data
+from vbdcompress.evaluation import measure_error
+from vbdcompress.files import write_text
+from vbdcompress.fitting import fit
+from vbdcompress.loading import load
+
+ROUNDS = 10
+RATE = 1e-3
+
+
+@click.command()
+@click.argument("row", type=click.Choice(list(ROWS)))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--data-root", required=True, envvar="VBDCOMPRESS_DATA", type=click.Path(path_type=Path))
+@click.option("--resume", is_flag=True, help="Go on from where an unfinished run stopped.")
+def main(row: str, seed: int, out: Path, data_root: Path, resume: bool) -> None:
+    """Prune by magnitude and write report.json."""
+    asked = ROWS[row]
+    config = make_config(read_toml(asked.recipe("vbd")) | {"seed": seed})
+    loaded = load(asked.checkpoint)
+    assert loaded.validation is not None
+    data = load_data(
+        str(loaded.data),
+        data_root,
+        normalisation=loaded.input,
+        validation_fraction=loaded.validation["fraction"],
+        validation_seed=loaded.validation["seed"],
+    )
+    (out / ".state").mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    dense = loaded.model.eval()
+    torch.manual_seed(seed)
+    model = _prune_in_rounds(dense, data, config, asked, out / ".state", resume)
+    before, after = (measure_size(network, data.train.inputs[:2]) for network in (dense, model))
+    errors = {
+        part: {"before": measure_error(dense, batches), "after": measure_error(model, batches)}
+        for part, batches in (("validation", data.validation_batches()), ("test", data.test_batches()))
+        if batches is not None
+    }
+    report = {
+        "size": {"before": vars(before), "after": vars(after)},
+        "errors": errors,
+        "stages": [],
+        "finetune": [None] * _epochs(config),
+        "seconds": time.perf_counter() - started,
+        "environment": {"device": "cpu"},
+    }
+    write_text(out / "report.json", json.dumps(report))
+
+
+def _epochs(config: RunConfig) -> int:
+    """As many passes over the training set as VBD's run makes, over all its rounds."""
+    return sum(one.epochs for one in config.rounds) + config.finetune_epochs
+
+
+def _prune_in_rounds(
+    dense: nn.Module, data: DataSet, config: RunConfig, row: Row, state: Path, resume: bool
+) -> nn.Module:
+    """Prune a like share in each round, train after each."""
+    reached = json.loads((RESULTS / row.name / f"vbd-{config.seed}.json").read_text(encoding="utf-8"))["size"]
+    example = data.train.inputs[:2]
+    model, start = copy.deepcopy(dense), measure_size(dense, example)
+    whole = start.nonzeros if row.mode == "weights" else start.parameters
+    target = reached["nonzeros"] if row.mode == "weights" else reached["parameters"]
+    for number in range(ROUNDS):
+        allowed = round(whole * (target / whole) ** ((number + 1) / ROUNDS))
+        if row.mode == "weights":
+            _prune_weights_(model, allowed)
+        else:
+            model = _prune_channels(model, example, allowed)
+        share = _epochs(config) * (number + 1) // ROUNDS - _epochs(config) * number // ROUNDS
+        fit(
+            model,
+            data.train_batches(
+                config.examples_a_step(len(data.train)), config.seed, config.augment, config.augment_pixels
+            ),
+            config.model_copy(update={"epochs": share, "lr": RATE, "seed": config.seed * ROUNDS + number}),
+            teacher=dense,
+            num_data=len(data.train),
+            keep_zeros=True,
+            checkpoint=FitCheckpoint(state / f"{number}.ckpt", resume),
+        )
+    return model
+
+
+def _prune_weights_(model: nn.Module, allowed: int) -> None:
+    """Zero the smallest weights of all layers together until `allowed` parameters are not 0."""
+    layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    count = sum(module.weight.numel() for module, _ in layers)
+    others = sum(parameter.numel() for parameter in model.parameters()) - count
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=count - (allowed - others))
+    for module, name in layers:
+        prune.remove(module, name)
+
+
+def _prune_channels(model: nn.Module, example: Tensor, allowed: int) -> nn.Module:
+    """A copy without the weakest channels: the largest one of at most `allowed` parameters."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(12):
+        ratio = (low + high) / 2
+        candidate = copy.deepcopy(model)
+        last = [module for module in candidate.modules() if isinstance(module, nn.Linear)][-1]
+        options: dict[str, Any] = {
+            "ignored_layers": [last],
+            "global_pruning": True,
+            "max_pruning_ratio": 0.98,
+        }
+        tp.pruner.MagnitudePruner(
+            candidate, example, tp.importance.GroupMagnitudeImportance(), pruning_ratio=ratio, **options
+        ).step()
+        if sum(parameter.numel() for parameter in candidate.parameters()) <= allowed:
+            best, high = candidate, ratio
+        else:
+            low = ratio
+    if best is None:
+        raise SystemExit(f"magnitude pruning reaches no network of {allowed} parameters")
+    return best
+
+
+if __name__ == "__main__":
+    main()
