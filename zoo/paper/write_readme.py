@@ -1,0 +1,83 @@
+"""Write zoo/README.md from the result files; nothing in its tables is typed by hand.
+
+python zoo/paper/write_readme.py
+"""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rows import METHOD_NAMES, METHODS, RESULTS, ROWS, ZOO, Row
+
+TEMPLATE = Path(__file__).with_name("README.md.jinja")
+BENCHMARK = ZOO / "benchmarks" / "step_cost.json"
+
+
+def main() -> None:
+    """Read all result files and render the template."""
+    tables = {
+        mode: [_describe(row) for row in ROWS.values() if row.mode == mode]
+        for mode in ("weights", "channels")
+    }
+    benchmark = json.loads(BENCHMARK.read_text(encoding="utf-8")) if BENCHMARK.exists() else None
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(tables=tables, benchmark=benchmark)
+    (ZOO / "README.md").write_text(text, encoding="utf-8")
+
+
+def _describe(row: Row) -> dict[str, Any]:
+    """A row of a table: the paper's figures and a line for each method that has results."""
+    lines = [_line(row, method) for method in METHODS]
+    return {
+        "title": row.title,
+        "name": row.name,
+        "paper": row.paper,
+        "goal": row.goal,
+        "seeds": row.seeds,
+        "lines": [line for line in lines if line],
+    }
+
+
+def _line(row: Row, method: str) -> dict[str, Any] | None:
+    """Mean and spread of one method over its seeds; None where no run is finished."""
+    paths = sorted((RESULTS / row.name).glob(f"{method}-*.json"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not runs:
+        return None
+    ratios = {
+        field: [run["dense_size"][field] / run["size"][field] for run in runs]
+        for field in ("nonzeros", "parameters", "macs")
+    }
+    exported = [run for run in runs if run["seed"] == 0 and method == "vbd"]
+    return {
+        "method": METHOD_NAMES[method],
+        "error": _spread([run["test_error"] for run in runs], 2, " %"),
+        "dense": f"{runs[0]['dense_test_error']:.2f} %",
+        "ratios": {field: _spread(values, 1, "x") for field, values in ratios.items()},
+        "kept": "-".join(str(count) for count in runs[0]["kept"].values()),
+        "exported": f"{exported[0]['test_error']:.2f} %" if exported else "",
+        "seeds": len(runs),
+        "epochs": runs[0]["epochs"],
+        "minutes": f"{mean(run['minutes'] for run in runs):.0f}",
+        "commits": ", ".join(sorted({run["commit"] for run in runs})),
+        "command": runs[0]["command"]
+        .replace("--seed 0", "--seed SEED")
+        .replace(f"-{runs[0]['seed']}", "-SEED"),
+    }
+
+
+def _spread(values: list[float], digits: int, unit: str) -> str:
+    """Mean and standard deviation over the seeds."""
+    told = f"{mean(values):.{digits}f}"
+    if len(values) > 1:
+        told += f" ± {stdev(values):.{digits}f}"
+    return told + unit
+
+
+if __name__ == "__main__":
+    main()
