@@ -176,8 +176,16 @@ class StageRunner:
             curve,
             selection,
             log_alpha_histogram(converted.model),
+            config.cost,
+            self._distillation(),
         )
         return slimmed.model, slimmed.plan, record
+
+    def _distillation(self) -> dict[str, float] | None:
+        if self.teacher is None:
+            return None
+        share = 1.0 if self.config.distill is None else self.config.distill
+        return {"share": share, "temperature": self.config.temperature}
 
     def _choose(
         self, converted: Converted, curve: Sequence[CurvePoint], number: int, baseline: float, samples: Tensor

@@ -105,3 +105,24 @@ def test_format_ms_keeps_three_digits(value, text):
 @pytest.mark.parametrize(("value", "text"), [(1500, "1.5k"), (2e6, "2M"), (0.03, "0.03"), (30, "30")])
 def test_format_short_fits_an_axis(value, text):
     assert formatting.format_short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ({"beta": 1.0}, "ELBO"),
+        ({"beta": 6.0, "cost": "none", "distillation": None}, "tempered ELBO, beta 6"),
+        ({"beta": 0.5}, "tempered ELBO, beta 0.5"),
+        ({"beta": 1.0, "cost": "macs"}, "tempered ELBO, beta 1, KL weighed by macs"),
+        (
+            {"beta": 1.0, "distillation": {"share": 1.0, "temperature": 2.0}},
+            "ELBO, on the original's outputs at temperature 2",
+        ),
+        (
+            {"beta": 2.0, "distillation": {"share": 0.7, "temperature": 4.0}},
+            "tempered ELBO, beta 2, 70 % on the original's outputs at temperature 4",
+        ),
+    ],
+)
+def test_describe_objective_names_what_was_fitted(stage, told):
+    assert formatting.describe_objective(stage) == told

@@ -85,6 +85,7 @@ def test_print_summary_writes_ascii_where_nothing_else_fits(report):
 
 
 def test_print_summary_calls_a_tempered_elbo_what_it_is(report):
+    report["stages"][0]["beta"] = 1.0
     assert "tempered" not in show(report)
     report["stages"][0]["beta"] = 4.0
     assert "tempered ELBO, beta 4" in " ".join(show(report).split())

@@ -34,7 +34,12 @@ HISTOGRAM_EDGES = tuple(edge / 2 for edge in range(-24, 25))
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage, channels or weights: everything that was decided and seen in it."""
+    """One stage, channels or weights: everything that was decided and seen in it.
+
+    Attributes:
+        cost: what weighed the KL of a channel.
+        distillation: {"share", "temperature"} of following the original's outputs; None: the labels alone.
+    """
 
     mode: str
     prior: str
@@ -45,6 +50,8 @@ class StageRecord:
     curve: tuple[CurvePoint, ...]
     selection: Selection
     log_alpha: dict[str, Any]
+    cost: str = "none"
+    distillation: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,8 @@ def _stage_content(stage: StageRecord) -> dict[str, Any]:
         "mode": stage.mode,
         "prior": stage.prior,
         "beta": stage.beta,
+        "cost": stage.cost,
+        "distillation": stage.distillation,
         "table": [asdict(row) for row in stage.table],
         "groups": [asdict(row) for row in stage.groups],
         "epochs": [asdict(row) for row in stage.epochs],

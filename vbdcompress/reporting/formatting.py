@@ -1,6 +1,8 @@
 """Numbers as a reader wants them: separators, sensible digits, honest words for a loss."""
 
+from collections.abc import Mapping
 from math import floor, log10
+from typing import Any
 
 MISSING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -103,3 +105,14 @@ def _three_digits(value: float) -> str:
 def divide_sizes(before: float | None, after: float | None) -> float | None:
     """before / after, the compression ratio; None where either is missing or nothing is left."""
     return before / after if before is not None and after else None
+
+
+def describe_objective(stage: Mapping[str, Any]) -> str:
+    """What a stage was fitted on, by its name: an entry of the report's `stages`."""
+    weighed = "" if stage.get("cost", "none") == "none" else f", KL weighed by {stage['cost']}"
+    told = "ELBO" if stage["beta"] == 1 and not weighed else f"tempered ELBO, beta {stage['beta']:g}{weighed}"
+    distillation = stage.get("distillation")
+    if not distillation:
+        return told
+    share = "" if distillation["share"] == 1 else f"{100 * distillation['share']:g} % "
+    return f"{told}, {share}on the original's outputs at temperature {distillation['temperature']:g}"

@@ -120,6 +120,7 @@ def _prepare_stages(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             **stage,
+            "objective": formatting.describe_objective(stage),
             "curve_svg": Markup(draw_curve(stage, report["size"]["before"], f"curve{number}")),
             "curve_rows": _thin_curve(stage["curve"], stage["selection"]),
             "curve_field": choose_curve_field(stage["selection"]),

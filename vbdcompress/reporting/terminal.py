@@ -10,6 +10,7 @@ from rich.text import Text
 
 from vbdcompress.reporting.formatting import (
     TIMES,
+    describe_objective,
     divide_sizes,
     format_bytes,
     format_change,
@@ -52,8 +53,7 @@ def print_summary(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for stage in report["stages"]:
         explanation = _fit_encoding(stage["selection"]["explanation"], console)
-        tempered = f"; tempered ELBO, beta {stage['beta']:g}" if stage["beta"] > 1 else ""
-        console.print(Text(f"{stage['mode']}: {explanation}{tempered}", style="dim"))
+        console.print(Text(f"{stage['mode']}: {explanation}; {describe_objective(stage)}", style="dim"))
     if report["export"]:
         console.print(_describe_parity(report["export"]))
     for warning in report["warnings"]:
