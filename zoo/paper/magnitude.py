@@ -114,7 +114,8 @@ def _prune_weights_(model: nn.Module, allowed: int) -> None:
     """Zero the smallest weights of all layers together until `allowed` parameters are not 0."""
     layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     count = sum(module.weight.numel() for module, _ in layers)
-    others = sum(parameter.numel() for parameter in model.parameters()) - count
+    others = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+    others -= sum(int(module.weight.count_nonzero()) for module, _ in layers)
     prune.global_unstructured(layers, prune.L1Unstructured, amount=count - (allowed - others))
     for module, name in layers:
         prune.remove(module, name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import click
 from jinja2 import Environment, StrictUndefined
 from rows import METHOD_NAMES, METHODS, RESULTS, ROWS, ZOO, Row
 
@@ -15,7 +16,9 @@ TEMPLATE = Path(__file__).with_name("README.md.jinja")
 BENCHMARK = ZOO / "benchmarks" / "step_cost.json"
 
 
-def main() -> None:
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=ZOO / "README.md", help="File to write.")
+def main(out: Path) -> None:
     """Read all result files and render the template."""
     tables = {
         mode: [_describe(row) for row in ROWS.values() if row.mode == mode]
@@ -27,7 +30,7 @@ def main() -> None:
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(tables=tables, benchmark=benchmark)
-    (ZOO / "README.md").write_text(text, encoding="utf-8")
+    out.write_text(text, encoding="utf-8")
 
 
 def _describe(row: Row) -> dict[str, Any]:

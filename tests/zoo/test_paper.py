@@ -1,0 +1,108 @@
+"""The scripts under zoo/paper: they write what the result files say, and the rival is no straw man."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from vbdcompress.architectures import build_architecture
+from vbdcompress.config import make_config, read_toml
+
+PAPER = Path(__file__).parents[2] / "zoo" / "paper"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    """Import a script of zoo/paper by name."""
+    monkeypatch.syspath_prepend(str(PAPER))
+
+    def read(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return read
+
+
+def test_the_zoo_s_readme_is_what_the_result_files_say(script, tmp_path):
+    done = CliRunner().invoke(script("write_readme").main, ["--out", str(tmp_path / "README.md")])
+    assert done.exit_code == 0, done.output
+    written = (tmp_path / "README.md").read_text(encoding="utf-8")
+    committed = (PAPER.parent / "README.md").read_text(encoding="utf-8")
+    assert written == committed, "run: python zoo/paper/write_readme.py"
+
+
+def test_every_recipe_is_a_valid_configuration(script):
+    rows = script("rows")
+    recipes = sorted((PAPER.parent / "recipes").glob("*.toml"))
+    assert recipes
+    named = {row.recipe(method).name for row in rows.ROWS.values() for method in rows.METHODS}
+    for recipe in recipes:
+        make_config(read_toml(recipe))
+        assert recipe.name in named
+
+
+def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path, monkeypatch):
+    module = script("write_readme")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    row = script("rows").ROWS["lenet_300_100_weights"]
+    assert module._line(row, "vbd") is None
+    (tmp_path / row.name).mkdir()
+    for seed, (error, nonzeros) in enumerate([(1.5, 100), (1.7, 200)]):
+        content = {
+            "seed": seed,
+            "test_error": error,
+            "dense_test_error": 1.05,
+            "size": {"nonzeros": nonzeros, "parameters": 1000, "macs": 500},
+            "dense_size": {"nonzeros": 8000, "parameters": 8000, "macs": 8000},
+            "kept": {"layers.0": 7, "layers.1": 5},
+            "epochs": 3,
+            "minutes": 4.0 + seed,
+            "commit": "abc",
+            "command": f"vbdcompress run x.pt --seed {seed} --out .runs/x-vbd-{seed}",
+        }
+        (tmp_path / row.name / f"vbd-{seed}.json").write_text(json.dumps(content))
+    line = module._line(row, "vbd")
+    assert line["error"] == "1.60 ± 0.14 %"  # the deviation of 1.5 and 1.7 is 0.2 / sqrt(2)
+    assert line["ratios"]["nonzeros"] == "60.0 ± 28.3x"
+    assert line["exported"] == "1.50 %"
+    assert line["seeds"] == 2
+    assert line["command"] == "vbdcompress run x.pt --seed SEED --out .runs/x-vbd-SEED"
+
+
+@pytest.mark.parametrize("allowed", [500, 5000])
+def test_magnitude_pruning_keeps_the_largest_weights(script, allowed):
+    model = build_architecture("digits")
+    before = [module.weight.detach().clone() for module in model.modules() if hasattr(module, "weight")]
+    script("magnitude")._prune_weights_(model, allowed)
+    assert sum(int(parameter.count_nonzero()) for parameter in model.parameters()) == allowed
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    weights = [module.weight for module in model.modules() if hasattr(module, "weight")]
+    pairs = [
+        (old, new)
+        for old, new in zip(before, weights, strict=True)
+        if any(new is layer.weight for layer in layers)
+    ]
+    kept = torch.cat([old[new != 0].abs() for old, new in pairs])
+    gone = torch.cat([old[new == 0].abs() for old, new in pairs])
+    assert kept.min() >= gone.max()
+
+
+def test_magnitude_pruning_cuts_channels_to_the_largest_network_allowed(script):
+    torch.manual_seed(0)
+    model, example = build_architecture("lenet5"), torch.randn(2, 1, 28, 28)
+    allowed = 20_000
+    found = script("magnitude")._prune_channels(model, example, allowed)
+    count = sum(parameter.numel() for parameter in found.parameters())
+    assert 0.9 * allowed < count <= allowed
+    assert found(example).shape == (2, 10)
+
+
+def test_the_rival_makes_as_many_passes_as_vbd(script):
+    config = make_config(
+        {"mode": "weights", "epochs": 50, "finetune_epochs": 7, "first": {"mode": "weights", "epochs": 5}}
+    )
+    assert script("magnitude")._epochs(config) == 62
