@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from vbdcompress.allocator import keep_freed_memory
 from vbdcompress.errors import ConfigError, VbdcompressError
 
 # name -> (module, what `vbdcompress --help` says of it)
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command and end the process with its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
+    keep_freed_memory()
     try:
         _group.main([item for item in given if item != "--debug"], standalone_mode=False)
     except click.exceptions.Exit as ended:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress.allocator import keep_freed_memory
 from vbdcompress.architectures import build_architecture
 from vbdcompress.config import FitConfig
 from vbdcompress.conversion import convert
@@ -43,6 +44,7 @@ NETWORKS = {"lenet_300_100": 200, "lenet5": 100}
 def main(device: str, precision: str, turns: int, threads: int, out: Path | None) -> None:
     """Measure and print; with --out, keep."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the command line does
     rows = []
     for name, batch in NETWORKS.items():
         variants = _variants(name, batch, torch.device(device), precision == "bfloat16")
