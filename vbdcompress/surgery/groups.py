@@ -126,7 +126,17 @@ def _channel_groups(graph: Any) -> Iterator[ChannelGroup]:
     visited: set[str] = set()
     for module, node in list(graph.module2node.items()):
         if _is_mixing(module) and names[module] not in visited:
-            group = _trace_group(graph, node)
+            try:
+                group = _trace_group(graph, node)
+            except TRACE_ERRORS as error:  # one group that can't be followed does not spoil the others
+                size = int(graph.get_out_channels(node))
+                group = ChannelGroup(
+                    names[module],
+                    size,
+                    (Member(names[module], np.arange(size)),),
+                    (),
+                    whole_because=f"torch-pruning can't follow its channels: {type(error).__name__}: {error}",
+                )
             visited |= {member.layer for member in group.writers}
             yield group
 

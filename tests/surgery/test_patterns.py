@@ -1,0 +1,294 @@
+"""Hard patterns, each in a small network of its own: what goes must go exactly, what stays says why."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vbdcompress.conversion import convert
+from vbdcompress.slimming import slim
+from vbdcompress.surgery.verify import EXACT, flatten_output, relative_difference
+from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
+
+
+class Pattern(nn.Module):
+    """A forward function over named layers."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.of = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.of(self, x)
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+def pool(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def concat_with_itself() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        return m.head(pool(m.b(torch.cat([y, y.tanh(), y], 1)).relu()))
+
+    return Pattern(forward, a=conv(3, 6), b=conv(18, 5), head=nn.Linear(5, 4))
+
+
+def concat_of_several() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, z = m.a(x).relu(), m.b(x).relu()
+        return m.head(pool(m.c(torch.cat([y, x, z, y], 1)).relu()))
+
+    return Pattern(forward, a=conv(3, 6), b=conv(3, 4), c=conv(19, 5), head=nn.Linear(5, 4))
+
+
+def view_before_linear() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.max_pool2d(m.a(x).relu(), 4)
+        return m.head(m.fc(y.view(y.size(0), -1)).relu())
+
+    return Pattern(forward, a=conv(3, 6), fc=nn.Linear(24, 10), head=nn.Linear(10, 4))
+
+
+def pixel_shuffle() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(pool(m.b(F.pixel_shuffle(m.a(x).relu(), 2)).relu()))
+
+    return Pattern(forward, a=conv(3, 16), b=conv(4, 6), head=nn.Linear(6, 4))
+
+
+def reshape_before_transposed() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.fc(pool(m.a(x).relu())).relu()
+        return m.out(m.up(y.reshape(y.shape[0], 6, 2, 2)).relu())
+
+    return Pattern(
+        forward, a=conv(3, 6), fc=nn.Linear(6, 24), up=nn.ConvTranspose2d(6, 5, 2, stride=2), out=conv(5, 2)
+    )
+
+
+def grouped() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(pool(m.c(m.b(m.a(x).relu()).relu()).relu()))
+
+    return Pattern(forward, a=conv(3, 8), b=conv(8, 12, groups=4), c=conv(12, 6), head=nn.Linear(6, 4))
+
+
+def depthwise() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(pool(m.c(m.norm(m.b(m.a(x).relu())).relu()).relu()))
+
+    return Pattern(
+        forward,
+        a=conv(3, 8),
+        b=conv(8, 8, groups=8),
+        norm=nn.BatchNorm2d(8),
+        c=conv(8, 6, 1),
+        head=nn.Linear(6, 4),
+    )
+
+
+def squeeze_excite() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.a(x).relu()).relu()
+        scale = m.up(m.down(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return m.head(pool(m.c(y * scale).relu()))
+
+    return Pattern(
+        forward,
+        a=conv(3, 8),
+        b=conv(8, 8, groups=8),
+        down=conv(8, 4, 1),
+        up=conv(4, 8, 1),
+        c=conv(8, 6),
+        head=nn.Linear(6, 4),
+    )
+
+
+def squeeze_excite_grouped() -> nn.Module:
+    model = squeeze_excite()
+    model.b = conv(8, 8, groups=2)
+    return model
+
+
+def channel_shuffle() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        left, right = y.chunk(2, 1)
+        y = torch.cat([left, m.b(right).relu()], 1)
+        n, c, h, w = y.shape
+        y = y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return m.head(pool(m.c(y).relu()))
+
+    return Pattern(forward, a=conv(3, 8), b=conv(4, 4), c=conv(8, 6), head=nn.Linear(6, 4))
+
+
+def padded_shortcut() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        short = F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        y = (m.c(m.b(y).relu()) + short).relu()
+        return m.head(pool(y))
+
+    return Pattern(forward, a=conv(3, 4), b=conv(4, 6, stride=2), c=conv(6, 8), head=nn.Linear(8, 4))
+
+
+def used_twice() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.b(m.a(x).relu()).relu()).relu()
+        return m.head(pool(m.c(y).relu()))
+
+    return Pattern(forward, a=conv(3, 6), b=conv(6, 6), c=conv(6, 5), head=nn.Linear(5, 4))
+
+
+def bare_parameter() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(pool(m.b(m.a(x).relu() * m.scale).relu()))
+
+    model = Pattern(forward, a=conv(3, 6), b=conv(6, 5), head=nn.Linear(5, 4))
+    model.scale = nn.Parameter(torch.rand(1, 6, 1, 1))
+    return model
+
+
+def dict_of_outputs() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> dict[str, Any]:
+        y = m.a(x).relu()
+        return {"first": m.one(pool(y)), "rest": [m.two(pool(y)), (m.three(pool(m.b(y).relu())),)]}
+
+    return Pattern(
+        forward,
+        a=conv(3, 6),
+        b=conv(6, 5),
+        one=nn.Linear(6, 2),
+        two=nn.Linear(6, 3),
+        three=nn.Linear(5, 4),
+    )
+
+
+def group_norm() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(pool(m.b(m.norm(m.a(x)).relu()).relu()))
+
+    return Pattern(forward, a=conv(3, 8), norm=nn.GroupNorm(4, 8), b=conv(8, 5), head=nn.Linear(5, 4))
+
+
+def instance_norm_and_prelu() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.one(m.norm(m.a(x)))
+        return m.head(pool(m.c(m.two(m.b(y)))))
+
+    return Pattern(
+        forward,
+        a=conv(3, 8),
+        norm=nn.InstanceNorm2d(8, affine=True),
+        one=nn.PReLU(8),
+        b=conv(8, 6),
+        two=nn.PReLU(),
+        c=conv(6, 5),
+        head=nn.Linear(5, 4),
+    )
+
+
+def recurrent() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu().flatten(2).transpose(1, 2)
+        return m.head(m.fc(m.gru(m.lstm(y)[0])[0][:, -1]).relu())
+
+    return Pattern(
+        forward,
+        a=conv(3, 6),
+        lstm=nn.LSTM(6, 7, batch_first=True),
+        gru=nn.GRU(7, 5, batch_first=True),
+        fc=nn.Linear(5, 6),
+        head=nn.Linear(6, 4),
+    )
+
+
+def unet() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        one = m.d1(x).relu()
+        two = m.d2(F.max_pool2d(one, 2)).relu()
+        three = m.mid(F.max_pool2d(two, 2)).relu()
+        up = m.u2(torch.cat([m.up2(three), two], 1)).relu()
+        up = m.u1(torch.cat([m.up1(up), one], 1)).relu()
+        return m.out(up)
+
+    return Pattern(
+        forward,
+        d1=conv(3, 6),
+        d2=conv(6, 8),
+        mid=conv(8, 10),
+        up2=nn.ConvTranspose2d(10, 8, 2, stride=2),
+        u2=conv(16, 8),
+        up1=nn.ConvTranspose2d(8, 6, 2, stride=2),
+        u1=conv(12, 6),
+        out=conv(6, 2, 1),
+    )
+
+
+PATTERNS = {
+    build.__name__: build
+    for build in (
+        concat_with_itself,
+        concat_of_several,
+        view_before_linear,
+        pixel_shuffle,
+        reshape_before_transposed,
+        grouped,
+        depthwise,
+        squeeze_excite,
+        squeeze_excite_grouped,
+        channel_shuffle,
+        padded_shortcut,
+        used_twice,
+        bare_parameter,
+        dict_of_outputs,
+        group_norm,
+        instance_norm_and_prelu,
+        recurrent,
+        unet,
+    )
+}
+EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    return PATTERNS[name]().double().eval()
+
+
+def switch_off_(model: nn.Module) -> int:
+    """Raise the variance of 30 % of each posterior beyond any threshold; how many went."""
+    gone = 0
+    for posterior in find_posteriors(model):
+        log_sigma2 = posterior.log_sigma2.detach().flatten()
+        chosen = torch.randperm(len(log_sigma2))[: max(1, round(0.3 * len(log_sigma2)))]
+        log_sigma2[chosen] = 60.0
+        gone += len(chosen)
+    return gone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_slim_equals_masked(name: str, mode: Any) -> None:
+    converted = convert(built(name), EXAMPLE.double(), mode)
+    assert switch_off_(converted.model) > 0
+    slimmed = slim(converted, 50.0).model
+    set_threshold_(converted.model, 50.0)
+    other = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    expected = flatten_output(converted.model.eval()(other))
+    found = flatten_output(slimmed(other))
+    assert relative_difference(expected, found) <= EXACT
+    before = sum(parameter.numel() for parameter in converted.undo().parameters())
+    if mode == "channels":
+        assert sum(parameter.numel() for parameter in slimmed.parameters()) < before
