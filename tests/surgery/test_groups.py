@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
+import torchvision
 from torch import nn
 
 from vbdcompress.surgery.verify import find_groups
@@ -126,7 +128,7 @@ def test_find_groups_maps_every_copy_in_a_concat():
     assert groups["conv"].whole_because is None
 
 
-@pytest.mark.parametrize(("norm", "reason"), [(True, "LayerNorm"), (False, "changes the output")])
+@pytest.mark.parametrize(("norm", "reason"), [(True, "LayerNorm"), (False, "mixes")])
 def test_find_groups_leaves_mixed_channels_whole(norm, reason):
     groups = groups_of(Normed(norm), 5)
     assert reason in groups["first"].whole_because
@@ -147,3 +149,37 @@ def test_find_groups_leaves_the_network_as_it_was():
     assert not model.conv1.weight.requires_grad
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "vgg11_bn"])
+def test_find_groups_agrees_with_torch_pruning(name):
+    """An independent oracle: which layer loses which positions when one output channel goes."""
+    torch.manual_seed(0)
+    model, example = torchvision.models.get_model(name, weights=None).eval(), torch.randn(2, 3, 64, 64)
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
+    names = {module: layer for layer, module in model.named_modules()}
+    seen = 0
+    for group in find_groups(model, example).removable[:12]:
+        writer = group.writers[0]
+        cut = tp.prune_conv_out_channels
+        if isinstance(model.get_submodule(writer.layer), nn.Linear):
+            cut = tp.prune_linear_out_channels
+        expected = {}
+        for dependency, indices in graph.get_pruning_group(
+            model.get_submodule(writer.layer), cut, idxs=[group.size - 1]
+        ):
+            module = dependency.target.module
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
+                depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+                writes = dependency.handler in (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+                role = "between" if depthwise or isinstance(module, nn.BatchNorm2d) else writes
+                expected.setdefault((names[module], role), set()).update(indices)
+        channel = np.array([writer.index[group.size - 1]])
+        found = {
+            (member.layer, role): set(member.positions(channel).tolist())
+            for role, members in ((True, group.writers), (False, group.readers), ("between", group.between))
+            for member in members
+        }
+        assert found == expected
+        seen += len(found)
+    assert seen > 20

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vbdcompress.conversion import convert
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.verify import EXACT, flatten_output, relative_difference
+from vbdcompress.surgery.verify import EXACT, find_groups, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 
@@ -292,3 +292,51 @@ def test_slim_equals_masked(name: str, mode: Any) -> None:
     before = sum(parameter.numel() for parameter in converted.undo().parameters())
     if mode == "channels":
         assert sum(parameter.numel() for parameter in slimmed.parameters()) < before
+
+
+# Group of the layer -> its number of channels that can go one by one, or why it stays whole
+EXPECTED: dict[str, dict[str, int | str]] = {
+    "concat_with_itself": {"a": 6, "b": 5},
+    "concat_of_several": {"a": 6, "b": 4, "c": 5},
+    "view_before_linear": {"a": 6, "fc": 10},
+    "pixel_shuffle": {"a": 4, "b": 6},  # four channels of `a` make one of its reader's
+    "reshape_before_transposed": {"fc": "can't run without some of its channels", "up": 5},
+    "grouped": {"a": "a convolution in 4 groups", "c": 6},
+    "depthwise": {"a": 8, "c": 6},
+    "squeeze_excite": {"a": 8, "down": 4, "c": 6},
+    "squeeze_excite_grouped": {"a": "a convolution in 2 groups", "down": 4, "up": "can't run without"},
+    "channel_shuffle": {"a": "can't run without", "b": "can't run without", "c": 6},
+    "padded_shortcut": {"a": "can't run without", "b": 6},
+    "used_twice": {"a": 6, "c": 5},
+    "bare_parameter": {"a": "bare parameter 'scale'", "b": 5},
+    "dict_of_outputs": {"a": 6, "one": "output of the network", "b": 5},
+    "group_norm": {"a": "GroupNorm mixes", "b": 5},
+    "instance_norm_and_prelu": {"a": 8, "b": 6, "c": 5},
+    "recurrent": {"a": "LSTM mixes", "fc": 6},
+    "unet": {"d1": 6, "d2": 8, "mid": 10, "up2": 8, "u2": 8, "up1": 6, "u1": 6},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_find_groups_says_what_can_go_and_why_the_rest_stays(name: str) -> None:
+    groups = {group.name: group for group in find_groups(built(name), EXAMPLE.double()).groups}
+    for layer, told in EXPECTED[name].items():
+        if isinstance(told, int):
+            assert (groups[layer].size, groups[layer].whole_because) == (told, None)
+        else:
+            assert told in (groups[layer].whole_because or "")
+
+
+def test_find_groups_leaves_code_that_takes_halves_whole_whatever_the_trial_masks() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        left, right = m.a(x).relu().chunk(2, 1)
+        return m.head(pool(m.b(left).relu() + m.c(right).relu()))
+
+    for seed in range(6):  # a random mask may happen to take as many of either half
+        torch.manual_seed(seed)
+        model = Pattern(forward, a=conv(3, 8), b=conv(4, 6), c=conv(4, 6), head=nn.Linear(6, 4)).double()
+        groups = {
+            group.name: group for group in find_groups(model.eval(), EXAMPLE.double(), seed=seed).groups
+        }
+        assert "can't run" in (groups["a"].whole_because or "")
+        assert groups["b"].whole_because is None

@@ -1,8 +1,7 @@
 """Which channels must go together, who writes them and who reads them.
 
-torch-pruning traces the network into a dependency graph; here it is walked once for each layer
-that writes channels, keeping for every position of every member which channel of the group it
-belongs to. Only this file talks to torch-pruning.
+Two channels that meet at one position of anything, by a sum, a softmax or a reshape, go together;
+where channels meet is found by `probe`, from the derivatives of what lies between the layers.
 """
 
 from collections.abc import Iterator
@@ -12,17 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.gather import GatherLinear
+from vbdcompress.surgery.probe import Dependence, Recording, Role, Sink, depend, record
 
 Index = npt.NDArray[np.int64]
 NOT_HERE = -1
-# What tracing somebody's network through torch-pruning is known to raise; each becomes a reason.
+# What tracing somebody's network is known to raise; each becomes a reason.
 TRACE_ERRORS = (
     RuntimeError,
     ValueError,
@@ -99,46 +98,38 @@ def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False) -
     """The channel groups of a plain network.
 
     Args:
-        model: left as it was, but for being put into eval mode and back.
+        model: float64, eval mode; left as it was.
         example: one batch of inputs.
         features: also the single features of Linear layers that read the network's input or a
             flattened feature map.
     """
-    was_training = model.training
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    given = example.detach()
+    if given.is_floating_point():
+        # beside noise, for which branches open that the example leaves shut
+        given = torch.cat([given, torch.randn_like(given), 5 * torch.randn_like(given)])
+        given.requires_grad_()  # what depends on it, and on no layer, reads the network's input
     try:
-        for parameter in frozen:  # the graph is read off autograd
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            graph = tp.DependencyGraph().build_dependency(model, example_inputs=(example,), verbose=False)
-            groups = tuple(_channel_groups(graph))
+        recording = record(model, given, _role_of)
+        ties = _Ties()
+        for source in recording.sources:
+            ties.writes(source.layer, source.values.shape[source.dim])
+        for sink in recording.sinks:
+            ties.reads(model, sink, depend(sink, recording))
+        groups = tuple(_build_groups(model, recording, ties))
     except TRACE_ERRORS as error:
-        return GroupScan((), f"torch-pruning can't trace the network: {type(error).__name__}: {error}")
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        model.train(was_training)
-    return GroupScan(groups + (tuple(_feature_groups(graph, groups)) if features else ()))
+        return GroupScan((), f"its channels can't be followed: {type(error).__name__}: {error}")
+    return GroupScan(groups + (tuple(_feature_groups(model, recording, groups, ties)) if features else ()))
 
 
-def _channel_groups(graph: Any) -> Iterator[ChannelGroup]:
-    names = graph._module2name
-    visited: set[str] = set()
-    for module, node in list(graph.module2node.items()):
-        if _is_mixing(module) and names[module] not in visited:
-            try:
-                group = _trace_group(graph, node)
-            except TRACE_ERRORS as error:  # one group that can't be followed does not spoil the others
-                size = int(graph.get_out_channels(node))
-                group = ChannelGroup(
-                    names[module],
-                    size,
-                    (Member(names[module], np.arange(size)),),
-                    (),
-                    whole_because=f"torch-pruning can't follow its channels: {type(error).__name__}: {error}",
-                )
-            visited |= {member.layer for member in group.writers}
-            yield group
+def _role_of(module: nn.Module) -> Role | None:
+    if _is_mixing(module):
+        return "mixing"
+    if _is_per_channel(module):
+        return "between"
+    known = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.PReLU)
+    if known and (any(True for _ in module.parameters(recurse=False)) or isinstance(module, nn.GroupNorm)):
+        return "opaque"
+    return None
 
 
 def _is_mixing(module: Any) -> bool:
@@ -154,145 +145,135 @@ def _is_per_channel(module: Any) -> bool:
     return isinstance(module, _BatchNorm | _InstanceNorm)
 
 
-@dataclass
-class _Pairs:
-    """(position, root channel) pairs of one member while a group is traced."""
-
-    module: Any
-    writes: bool
-    positions: list[int]
-    roots: list[int]
+# ("writes", layer, channel) or ("reads", layer, position)
+_Place = tuple[str, str, int]
 
 
-def _trace_group(graph: Any, root: Any) -> ChannelGroup:
-    size = int(graph.get_out_channels(root))
-    collected = _walk_dependencies(graph, root, size)
-    channel_of = _couple(collected, size)
-    members: dict[str, list[Member]] = {"writers": [], "readers": [], "between": []}
-    reason = None
-    for pairs in collected:
-        role, problem = _role_of(pairs)
-        reason = reason or problem
-        if role is not None:
-            name = graph._module2name[pairs.module]
-            index = np.full(_positions_of(pairs), NOT_HERE, dtype=np.int64)
-            index[pairs.positions] = channel_of[pairs.roots]
-            members[role].append(Member(name, index))
-    if not members["readers"]:
-        reason = reason or "no layer reads it: it is an output of the network"
-    return ChannelGroup(
-        graph._module2name[root.module],
-        int(channel_of.max()) + 1,
-        tuple(members["writers"]),
-        tuple(members["readers"]),
-        tuple(members["between"]),
-        reason,
-    )
+class _Ties:
+    """Places tied by what meets in them (a union-find), and what keeps any of them whole."""
+
+    def __init__(self) -> None:
+        self.parent: dict[_Place, _Place] = {}
+        self.reasons: list[tuple[str, int, str]] = []
+        self.from_network_input: dict[str, bool] = {}
+
+    def find(self, place: _Place) -> _Place:
+        """The place that stands for all that are tied to it."""
+        self.parent.setdefault(place, place)
+        while self.parent[place] != place:
+            self.parent[place] = self.parent[self.parent[place]]
+            place = self.parent[place]
+        return place
+
+    def tie(self, one: _Place, other: _Place) -> None:
+        """Let two places, and all that are tied to either, go together."""
+        first, second = sorted((self.find(one), self.find(other)))
+        self.parent[second] = first
+
+    def writes(self, layer: str, channels: int) -> None:
+        """A layer's outputs."""
+        for channel in range(channels):
+            self.find(("writes", layer, channel))
+
+    def reads(self, model: nn.Module, sink: Sink, dependence: Dependence) -> None:
+        """What a layer, or the network's output, is given."""
+        for positions, nodes in dependence.positions:
+            for position in positions:
+                for layer, channel in nodes:
+                    self.tie(("reads", sink.layer, position), ("writes", layer, channel))
+        reason = None
+        if sink.role == "opaque":
+            reason = _why_opaque(model.get_submodule(sink.layer)) if sink.layer else _OUTPUT
+        elif isinstance(model.get_submodule(sink.layer), GatherLinear):
+            reason = "its reader picks single features of it by a gather"
+        elif dependence.bare:
+            reason = f"bare parameter '{dependence.bare[0]}' works on its channels"
+        if reason is not None:
+            self.reasons += [(layer, channel, reason) for layer, channel in dependence.nodes]
+        if sink.role == "mixing":
+            before = self.from_network_input.get(sink.layer, True)
+            self.from_network_input[sink.layer] = before and not dependence.nodes and not dependence.bare
 
 
-def _walk_dependencies(graph: Any, root: Any, size: int) -> list[_Pairs]:
-    """Everything that removing any output channel of the root layer touches.
-
-    torch-pruning's own `get_pruning_group` merges the positions of a layer that is reached twice
-    and forgets which channel a position came from second; this walk keeps both.
-    """
-    hybrid = tp._helpers._HybridIndex
-    start = graph.get_pruner_of_module(root.module).prune_out_channels
-    found: dict[tuple[int, bool], _Pairs] = {}
-    seen: set[tuple[int, Any, tuple[Any, ...]]] = set()
-    stack = [(root, start, tuple(hybrid(channel, channel) for channel in range(size)))]
-    while stack:
-        node, function, indices = stack.pop()
-        if (id(node), function, indices) in seen:
-            continue
-        seen.add((id(node), function, indices))
-        writes = bool(graph.is_out_channel_pruning_fn(function))
-        pairs = found.setdefault((id(node), writes), _Pairs(node.module, writes, [], []))
-        pairs.positions += [item.idx for item in indices]
-        pairs.roots += [item.root_idx for item in indices]
-        for dependency in node.dependencies:
-            if dependency.is_triggered_by(function):
-                mapped = list(indices)
-                for mapping in dependency.index_mapping:
-                    mapped = mapped if mapping is None else mapping(mapped)
-                if mapped:
-                    stack.append((dependency.target, dependency.handler, tuple(sorted(mapped))))
-    return list(found.values())
+_OUTPUT = "no layer reads it: it is an output of the network"
 
 
-def _couple(collected: list[_Pairs], size: int) -> Index:
-    """[size] number of each root channel's class: channels that meet at one position go together."""
-    parent = np.arange(size)
-
-    def find(channel: int) -> int:
-        while parent[channel] != channel:
-            parent[channel] = parent[parent[channel]]
-            channel = int(parent[channel])
-        return channel
-
-    for pairs in collected:
-        first_at: dict[int, int] = {}
-        for position, root in zip(pairs.positions, pairs.roots, strict=True):
-            first, other = find(first_at.setdefault(position, root)), find(root)
-            parent[max(first, other)] = min(first, other)
-    roots = np.array([find(channel) for channel in range(size)])
-    classes: Index = np.unique(roots, return_inverse=True)[1].astype(np.int64)
-    return classes
-
-
-def _role_of(pairs: _Pairs) -> tuple[str | None, str | None]:
-    """The member's role in its group (None: no parameters of its own), and what keeps the group whole."""
-    module = pairs.module
-    if isinstance(module, GatherLinear) and not pairs.writes:
-        return None, "its reader picks single features of it by a gather"
-    if _is_mixing(module):
-        return ("writers" if pairs.writes else "readers"), None
-    if _is_per_channel(module):
-        return "between", None
-    if isinstance(module, nn.Parameter):
-        return None, f"a bare parameter of shape {tuple(module.shape)} works on its channels"
-    if isinstance(module, tp.ops._OutputOp):
-        return None, "it is an output of the network"
-    if isinstance(module, nn.PReLU) or type(module).__module__ == tp.ops.__name__:
-        return None, None
+def _why_opaque(module: nn.Module) -> str:
     if isinstance(module, _ConvNd):
-        return None, f"a convolution in {module.groups} groups needs them of equal size"
-    return None, f"{type(module).__name__} mixes its channels, so that none can go without changing the rest"
+        return f"a convolution in {module.groups} groups needs them of equal size"
+    return f"{type(module).__name__} mixes its channels, so that none can go without changing the rest"
 
 
-def _positions_of(pairs: _Pairs) -> int:
-    module = pairs.module
-    if isinstance(module, nn.Linear):
-        return module.out_features if pairs.writes else module.in_features
-    if isinstance(module, _ConvNd):
-        return module.out_channels if pairs.writes else module.in_channels
-    return int(module.num_parameters if isinstance(module, nn.PReLU) else module.num_features)
+def _build_groups(model: nn.Module, recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
+    """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
+    writers = list(dict.fromkeys(source.layer for source in recording.sources))
+    sizes = {source.layer: source.values.shape[source.dim] for source in recording.sources}
+    roots = {
+        layer: [ties.find(("writes", layer, channel)) for channel in range(sizes[layer])] for layer in writers
+    }
+    together = _Ties()
+    for layer in writers:
+        for root in roots[layer]:
+            together.tie(("writes", layer, -1), root)
+    grouped: dict[_Place, list[str]] = {}
+    for layer in writers:
+        grouped.setdefault(together.find(("writes", layer, -1)), []).append(layer)
+    sinks = {"mixing": dict[str, int](), "between": dict[str, int]()}
+    for sink in recording.sinks:
+        if sink.role != "opaque":
+            sinks[sink.role][sink.layer] = sink.tensor.shape[sink.dim]
+    read_roots = {
+        (role, layer): [ties.find(("reads", layer, position)) for position in range(count)]
+        for role, layers in sinks.items()
+        for layer, count in layers.items()
+    }
+    why = {
+        (layer, ties.find(("writes", layer, channel))): told for layer, channel, told in ties.reasons[::-1]
+    }
+    for layers in grouped.values():
+        numbers: dict[_Place, int] = {}
+        for layer in layers:
+            for root in roots[layer]:
+                numbers.setdefault(root, len(numbers))
+
+        def member(layer: str, found: list[_Place], numbers: dict[_Place, int] = numbers) -> Member:
+            return Member(layer, np.array([numbers.get(root, NOT_HERE) for root in found], dtype=np.int64))
+
+        found = {
+            role: tuple(
+                one
+                for (kind, layer), places in read_roots.items()
+                if kind == role and (one := member(layer, places)).positions(np.arange(len(numbers))).size
+            )
+            for role in ("mixing", "between")
+        }
+        told = [reason for (layer, _), reason in why.items() if layer in layers]
+        if not found["mixing"]:
+            told = told or [_OUTPUT]
+        elif len(numbers) == 1 and len(roots[layers[0]]) > 1:
+            told = told or ["what lies behind it mixes its channels, so that none can go alone"]
+        yield ChannelGroup(
+            layers[0],
+            len(numbers),
+            tuple(member(layer, roots[layer]) for layer in layers),
+            found["mixing"],
+            found["between"],
+            told[0] if told else None,
+        )
 
 
-def _feature_groups(graph: Any, groups: tuple[ChannelGroup, ...]) -> Iterator[ChannelGroup]:
+def _feature_groups(
+    model: nn.Module, recording: Recording, groups: tuple[ChannelGroup, ...], ties: _Ties
+) -> Iterator[ChannelGroup]:
     flattened = {
         member.layer
         for group in groups
         for member in group.readers
         if len(np.unique(member.index)) < len(member.index)
     }
-    for module, node in graph.module2node.items():
-        name = graph._module2name.get(module)
-        if not isinstance(module, nn.Linear):
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name not in ties.from_network_input:
             continue
-        if isinstance(module, GatherLinear) or name in flattened or _reads_network_input(node):
+        if isinstance(module, GatherLinear) or name in flattened or ties.from_network_input[name]:
             member = Member(name, np.arange(module.in_features))
             yield ChannelGroup(f"{name} (inputs)", module.in_features, (), (member,))
-
-
-def _reads_network_input(node: Any) -> bool:
-    """Whether no other layer or parameter lies upstream of the node."""
-    stack, seen = list(node.inputs), {id(node)}
-    while stack:
-        upstream = stack.pop()
-        if type(upstream.module).__module__ != tp.ops.__name__:
-            return False
-        if id(upstream) not in seen:
-            seen.add(id(upstream))
-            stack += upstream.inputs
-    return True
