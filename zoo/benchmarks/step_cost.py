@@ -113,7 +113,10 @@ def _variants(name: str, batch: int, device: torch.device, low: bool) -> dict[st
     example = inputs[:2].cpu()
     plain = build_architecture(name)
     networks["vbdcompress, weights"] = (convert(plain, example, "weights").model, None)
-    networks["vbdcompress, channels"] = (convert(plain, example, "channels", prune_inputs=True).model, None)
+    networks["vbdcompress, channels and inputs"] = (
+        convert(plain, example, "channels", prune_inputs=True).model,
+        None,
+    )
     for package, swap, penalty in _others():
         networks[f"{package}, weights"] = (swap(build_architecture(name)), penalty)
     return {
