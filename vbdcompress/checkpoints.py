@@ -1,6 +1,7 @@
 """The state of a fit on disk: written in one step, and refused where it is of another fit."""
 
 import pickle
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,28 @@ class FitState:
     """All that a fit needs to go on: what a checkpoint keeps."""
 
     def __init__(
-        self, fabric: Fabric, config: FitConfig, elbo: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        fabric: Fabric,
+        config: FitConfig,
+        elbo: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        checkpoint: FitCheckpoint | None,
     ) -> None:
         self.fabric, self.config, self.elbo, self.optimizer = fabric, config, elbo, optimizer
+        self.checkpoint = checkpoint
+        self.saved = 0  # epochs that the file holds
+        self._time_saved, self._cost = time.monotonic(), 0.0
 
-    def save(self, checkpoint: FitCheckpoint, rows: list[EpochRow]) -> None:
-        """Write the state after the epochs of `rows`, from the main process."""
+    def keep(self, rows: list[EpochRow]) -> None:
+        """After each epoch: write the state, if it is due."""
+        now = time.monotonic()
+        last = len(rows) == self.config.epochs
+        if self.checkpoint and (last or self.checkpoint.due(now - self._time_saved, self._cost)):
+            self._save(self.checkpoint.path, rows)
+            self.saved, self._time_saved = len(rows), time.monotonic()
+            self._cost = self._time_saved - now
+
+    def _save(self, path: Path, rows: list[EpochRow]) -> None:
         if self.fabric.is_global_zero:
             content = {
                 "config": _fingerprint(self.config),
@@ -65,10 +82,11 @@ class FitState:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.fabric.strategy.precision.state_dict(),  # of float16's gradients
             }
-            save_tensors(checkpoint.path, content)
+            save_tensors(path, content)
 
-    def restore(self, checkpoint: FitCheckpoint | None) -> list[EpochRow]:
+    def restore(self) -> list[EpochRow]:
         """The rows of the epochs that are done; network and optimizer are as they were after them."""
+        checkpoint = self.checkpoint
         if checkpoint is None or not checkpoint.resume or not checkpoint.path.exists():
             return []
         where = f"checkpoint '{checkpoint.path}'"
@@ -79,11 +97,13 @@ class FitState:
             self.optimizer.load_state_dict(content["optimizer"])
             if content["scaler"]:
                 self.fabric.strategy.precision.load_state_dict(content["scaler"])
-            return [EpochRow(**row) for row in content["rows"]]
+            rows = [EpochRow(**row) for row in content["rows"]]
         except (KeyError, TypeError, pickle.UnpicklingError) as error:
             raise FitError(where, "is no checkpoint of a fit.", START_ANEW) from error
         except (RuntimeError, ValueError) as error:
             raise FitError(where, f"is of another network: {error}", START_ANEW) from error
+        self.saved = len(rows)
+        return rows
 
     def _check_config(self, where: str, saved: dict[str, Any]) -> None:
         differing = {

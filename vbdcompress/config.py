@@ -57,6 +57,11 @@ class FitConfig(BaseModel):
     )
     precision: Precision = Field("32-true", description="Of the forward pass while fitting.")
 
+    @property
+    def distill_share(self) -> float:
+        """`distill`, 1 where it was not given."""
+        return 1.0 if self.distill is None else self.distill
+
 
 def parse_limit(text: str | int, total: int) -> int:
     """A limit as an absolute number or as a share of the original: "10%" of total."""

@@ -1,11 +1,14 @@
 """Distillation: a network follows the outputs of its teacher, the dense original, beside the labels."""
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress.config import FitConfig
+from vbdcompress.data import TensorBatches
 from vbdcompress.evaluation import Loss
 
 AT_ONCE = 1000
@@ -41,3 +44,19 @@ class DistillationLoss:
 def outputs_of(teacher: nn.Module, inputs: Tensor) -> Tensor:
     """The teacher's outputs for a whole set in memory, [n, classes, ...]."""
     return torch.cat([teacher(part) for part in torch.split(inputs, AT_ONCE)])
+
+
+def teach(
+    teacher: nn.Module | None, loss: Loss, batches: Any, config: FitConfig, device: torch.device
+) -> tuple[Loss, Any, nn.Module | None]:
+    """Loss and batches with the teacher's outputs in them; the teacher too where it must be asked anew.
+
+    Inputs that never change are shown to it once; augmented ones, and a loader's, at every step.
+    """
+    if teacher is None or config.distill_share == 0:
+        return loss, batches, None
+    teacher = copy.deepcopy(teacher).to(device).eval()
+    distilled = DistillationLoss(loss, config.distill_share, config.temperature)
+    if isinstance(batches, TensorBatches) and batches.augment == "none":
+        return distilled, batches.taught(outputs_of(teacher, batches.inputs)), None
+    return distilled, batches, teacher

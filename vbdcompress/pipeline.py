@@ -24,21 +24,14 @@ from vbdcompress.exporting.export import export
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
-from vbdcompress.fitting import Listener
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report, with_export
 from vbdcompress.reporting.write import write_report
-from vbdcompress.stages import (
-    Judge,
-    Origin,
-    Sources,
-    StageRunner,
-    check_labels,
-    first_inputs,
-    warnings_of,
-)
+from vbdcompress.sources import Sources, check_labels, first_inputs, warnings_of
+from vbdcompress.stages import Judge, Origin, StageRunner
 from vbdcompress.surgery.slice import RemovalPlan
+from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 
 SAMPLES = 64

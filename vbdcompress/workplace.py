@@ -13,8 +13,8 @@ from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.config import RunConfig
 from vbdcompress.errors import FitError
 from vbdcompress.files import write_text
-from vbdcompress.fitting import Listener
 from vbdcompress.reporting.build import DataRecord
+from vbdcompress.training import Listener
 
 IDENTITY_FILE = "run.json"
 FIRST_STEPS = ["1-channels", "1-weights"]

@@ -148,7 +148,8 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     from vbdcompress.progress import FitProgress
     from vbdcompress.reporting.build import DataRecord
     from vbdcompress.reporting.terminal import print_summary
-    from vbdcompress.stages import Judge, Origin, Sources
+    from vbdcompress.sources import Sources
+    from vbdcompress.stages import Judge, Origin
     from vbdcompress.workplace import Workplace
 
     _check_folder(out, resume, overwrite)
@@ -201,7 +202,7 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
 def _print_start(console: Any, file: Path, loaded: "Loaded", sources: Any, config: RunConfig) -> None:
     from rich.markup import escape
 
-    from vbdcompress.stages import warnings_of
+    from vbdcompress.sources import warnings_of
 
     record = sources.record
     told = f"{file.name}: {loaded.architecture or type(loaded.model).__name__} on {record.name}"

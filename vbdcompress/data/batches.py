@@ -4,6 +4,7 @@ Worker processes and per-example Python would cost more than the networks that w
 """
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,14 @@ Augment = Literal["none", "crop", "crop-flip"]
 CROP_PADDING = 4
 
 
+@dataclass(eq=False)
 class TensorBatches:
     """Iterates over (input, label) batches of tensors that lie on one device.
 
     In one process of several it gives each global batch's own share, so that the union over the
     processes is what one process would see.
 
-    Args:
+    Attributes:
         inputs: [n, ...] normalised, float.
         labels: [n] integer.
         batch_size: over all processes; the last batch may be smaller unless shuffled. One smaller
@@ -32,27 +34,24 @@ class TensorBatches:
         seed: of the order and the augmentation.
         rank, world_size: this process among all.
         outputs: [n, ...] what a teacher says of each input; batches are then (input, (label, output)).
+        epoch: decides the order, with the seed.
     """
 
-    def __init__(
-        self,
-        inputs: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        augment: Augment = "none",
-        pixels: int = CROP_PADDING,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        outputs: Tensor | None = None,
-    ) -> None:
-        self.inputs, self.labels, self.outputs = inputs, labels, outputs
-        self.batch_size = max(1, min(batch_size, len(labels)))
-        self.shuffle, self.augment, self.pixels, self.seed = shuffle, augment, pixels, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+    inputs: Tensor
+    labels: Tensor
+    batch_size: int
+    _: KW_ONLY
+    shuffle: bool = False
+    augment: Augment = "none"
+    pixels: int = CROP_PADDING
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    outputs: Tensor | None = None
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.batch_size = max(1, min(self.batch_size, len(self.labels)))
 
     @property
     def num_examples(self) -> int:
@@ -67,26 +66,13 @@ class TensorBatches:
         """The same set on a device, for one process among several."""
         outputs = None if self.outputs is None else self.outputs.to(device)
         inputs, labels = self.inputs.to(device), self.labels.to(device)
-        return self._with(inputs=inputs, labels=labels, outputs=outputs, rank=rank, world_size=world_size)
+        return replace(
+            self, inputs=inputs, labels=labels, outputs=outputs, rank=rank, world_size=world_size, epoch=0
+        )
 
     def taught(self, outputs: Tensor) -> "TensorBatches":
         """The same set with a teacher's outputs, [n, ...], beside the labels."""
-        return self._with(outputs=outputs)
-
-    def _with(self, **changes: Any) -> "TensorBatches":
-        names = (
-            "inputs",
-            "labels",
-            "batch_size",
-            "shuffle",
-            "augment",
-            "pixels",
-            "seed",
-            "rank",
-            "world_size",
-            "outputs",
-        )
-        return TensorBatches(**({name: getattr(self, name) for name in names} | changes))
+        return replace(self, outputs=outputs)
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_examples, self.batch_size)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,22 +48,21 @@ class DataSet:
     test: Examples | None
 
     def train_batches(
-        self, batch_size: int, seed: int, augment: str = "none", pixels: int = CROP_PADDING
+        self,
+        batch_size: int,
+        seed: int,
+        augment: Augment | Literal["auto"] = "none",
+        pixels: int = CROP_PADDING,
     ) -> TensorBatches:
         """The training examples, shuffled; augment "auto" crops and flips where that keeps the label."""
-        chosen: Augment = "none"
         if augment == "auto":
-            chosen = "crop-flip" if self.name.startswith("cifar") else "none"
-        elif augment == "crop":
-            chosen = "crop"
-        elif augment == "crop-flip":
-            chosen = "crop-flip"
+            augment = "crop-flip" if self.name.startswith("cifar") else "none"
         return TensorBatches(
             self.train.inputs,
             self.train.labels,
             batch_size,
             shuffle=True,
-            augment=chosen,
+            augment=augment,
             pixels=pixels,
             seed=seed,
         )

@@ -115,7 +115,7 @@ def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False) -
             ties.writes(source.layer, source.values.shape[source.dim])
         for sink in recording.sinks:
             ties.reads(model, sink, depend(sink, recording))
-        groups = tuple(_build_groups(model, recording, ties))
+        groups = tuple(_build_groups(recording, ties))
     except TRACE_ERRORS as error:
         return GroupScan((), f"its channels can't be followed: {type(error).__name__}: {error}")
     return GroupScan(groups + (tuple(_feature_groups(model, recording, groups, ties)) if features else ()))
@@ -154,7 +154,7 @@ class _Ties:
 
     def __init__(self) -> None:
         self.parent: dict[_Place, _Place] = {}
-        self.reasons: list[tuple[str, int, str]] = []
+        self.reasons: dict[str, str] = {}  # layer whose outputs must all stay -> why
         self.from_network_input: dict[str, bool] = {}
 
     def find(self, place: _Place) -> _Place:
@@ -189,7 +189,8 @@ class _Ties:
         elif dependence.bare:
             reason = f"bare parameter '{dependence.bare[0]}' works on its channels"
         if reason is not None:
-            self.reasons += [(layer, channel, reason) for layer, channel in dependence.nodes]
+            for layer, _ in dependence.nodes:
+                self.reasons.setdefault(layer, reason)
         if sink.role == "mixing":
             before = self.from_network_input.get(sink.layer, True)
             self.from_network_input[sink.layer] = before and not dependence.nodes and not dependence.bare
@@ -204,62 +205,66 @@ def _why_opaque(module: nn.Module) -> str:
     return f"{type(module).__name__} mixes its channels, so that none can go without changing the rest"
 
 
-def _build_groups(model: nn.Module, recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
-    """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
-    writers = list(dict.fromkeys(source.layer for source in recording.sources))
-    sizes = {source.layer: source.values.shape[source.dim] for source in recording.sources}
-    roots = {
-        layer: [ties.find(("writes", layer, channel)) for channel in range(sizes[layer])] for layer in writers
-    }
-    together = _Ties()
-    for layer in writers:
-        for root in roots[layer]:
-            together.tie(("writes", layer, -1), root)
-    grouped: dict[_Place, list[str]] = {}
-    for layer in writers:
-        grouped.setdefault(together.find(("writes", layer, -1)), []).append(layer)
-    sinks = {"mixing": dict[str, int](), "between": dict[str, int]()}
+@dataclass(frozen=True)
+class _Places:
+    """The place that stands for each output of each writer, and for each input of each other layer."""
+
+    writers: dict[str, list[_Place]]
+    readers: dict[str, list[_Place]]
+    between: dict[str, list[_Place]]
+
+
+def _find_places(recording: Recording, ties: _Ties) -> _Places:
+    places = _Places({}, {}, {})
+    for source in recording.sources:
+        count = source.values.shape[source.dim]
+        places.writers[source.layer] = [ties.find(("writes", source.layer, n)) for n in range(count)]
     for sink in recording.sinks:
         if sink.role != "opaque":
-            sinks[sink.role][sink.layer] = sink.tensor.shape[sink.dim]
-    read_roots = {
-        (role, layer): [ties.find(("reads", layer, position)) for position in range(count)]
-        for role, layers in sinks.items()
-        for layer, count in layers.items()
-    }
-    why = {
-        (layer, ties.find(("writes", layer, channel))): told for layer, channel, told in ties.reasons[::-1]
-    }
-    for layers in grouped.values():
+            into = places.readers if sink.role == "mixing" else places.between
+            count = sink.tensor.shape[sink.dim]
+            into[sink.layer] = [ties.find(("reads", sink.layer, n)) for n in range(count)]
+    return places
+
+
+def _tied_writers(places: _Places) -> list[list[str]]:
+    """The writers in sets that share a channel, in the order in which they run."""
+    together = _Ties()
+    for layer, roots in places.writers.items():
+        for root in roots:
+            together.tie(("writes", layer, -1), root)
+    grouped: dict[_Place, list[str]] = {}
+    for layer in places.writers:
+        grouped.setdefault(together.find(("writes", layer, -1)), []).append(layer)
+    return list(grouped.values())
+
+
+def _build_groups(recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
+    """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
+    places = _find_places(recording, ties)
+    for layers in _tied_writers(places):
         numbers: dict[_Place, int] = {}
         for layer in layers:
-            for root in roots[layer]:
+            for root in places.writers[layer]:
                 numbers.setdefault(root, len(numbers))
-
-        def member(layer: str, found: list[_Place], numbers: dict[_Place, int] = numbers) -> Member:
-            return Member(layer, np.array([numbers.get(root, NOT_HERE) for root in found], dtype=np.int64))
-
-        found = {
-            role: tuple(
-                one
-                for (kind, layer), places in read_roots.items()
-                if kind == role and (one := member(layer, places)).positions(np.arange(len(numbers))).size
-            )
-            for role in ("mixing", "between")
-        }
-        told = [reason for (layer, _), reason in why.items() if layer in layers]
-        if not found["mixing"]:
-            told = told or [_OUTPUT]
-        elif len(numbers) == 1 and len(roots[layers[0]]) > 1:
-            told = told or ["what lies behind it mixes its channels, so that none can go alone"]
-        yield ChannelGroup(
-            layers[0],
-            len(numbers),
-            tuple(member(layer, roots[layer]) for layer in layers),
-            found["mixing"],
-            found["between"],
-            told[0] if told else None,
+        writers, readers, between = (
+            tuple(_members(found, numbers))
+            for found in ({layer: places.writers[layer] for layer in layers}, places.readers, places.between)
         )
+        reason = next((ties.reasons[layer] for layer in layers if layer in ties.reasons), None)
+        if reason is None and not readers:
+            reason = _OUTPUT
+        elif reason is None and len(numbers) == 1 and len(writers[0].index) > 1:
+            reason = "what lies behind it mixes its channels, so that none can go alone"
+        yield ChannelGroup(layers[0], len(numbers), writers, readers, between, reason)
+
+
+def _members(places: dict[str, list[_Place]], numbers: dict[_Place, int]) -> Iterator[Member]:
+    """The layers that have a part in the group whose places are numbered."""
+    for layer, found in places.items():
+        index = np.array([numbers.get(root, NOT_HERE) for root in found], dtype=np.int64)
+        if (index >= 0).any():
+            yield Member(layer, index)
 
 
 def _feature_groups(

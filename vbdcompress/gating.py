@@ -1,0 +1,130 @@
+"""Channels mode of convert: gates at the inputs of the layers that read a group, and what each would save."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from vbdcompress.count import layer_sizes
+from vbdcompress.evaluation import device_of
+from vbdcompress.records import LayerRow
+from vbdcompress.surgery.groups import ChannelGroup, GroupScan
+from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
+
+Cost = Literal["none", "params", "macs", "params+macs"]
+_SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
+    "none": (),
+    "params": ("parameters",),
+    "macs": ("macs",),
+    "params+macs": ("parameters", "macs"),
+}
+
+
+def channel_costs(
+    model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup], cost: Cost
+) -> dict[str, float]:
+    """Group -> what one of its channels saves in the original network, over the mean of all gates."""
+    layers = {row.name: row for row in layer_sizes(model, example)}
+    count = sum(group.size for group in groups)
+    weighed = []
+    for field in _SIZE_FIELDS[cost]:
+        saved = {
+            group.name: sum(
+                getattr(layers[member.layer], field) * float((member.index >= 0).mean())
+                for member in (*group.writers, *group.between, *group.readers)
+                if member.layer in layers
+            )
+            / group.size
+            for group in groups
+        }
+        mean = sum(saved[group.name] * group.size for group in groups) / max(1, count)
+        if mean:  # 0 where torch counts no MACs
+            weighed.append({name: value / mean for name, value in saved.items()})
+    return {
+        group.name: sum(costs[group.name] for costs in weighed) / len(weighed) if weighed else 1.0
+        for group in groups
+    }
+
+
+def convert_channels_(
+    model: nn.Module, scan: GroupScan, log_sigma2: float, costs: Mapping[str, float]
+) -> Iterator[LayerRow]:
+    """Put a gate in front of each layer that reads a removable group, in place; a row for each layer.
+
+    Args:
+        log_sigma2: initial log variance of the gates.
+        costs: group -> weight of the KL of each of its gates.
+    """
+    device = device_of(model)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    gates = {
+        group.name: ChannelGate(group.size, log_sigma2, group.name, costs[group.name]).to(device, dtype)
+        for group in scan.removable
+    }
+    reads: dict[str, list[ChannelGroup]] = {}
+    for group in scan.groups:
+        for member in group.readers:
+            reads.setdefault(member.layer, []).append(group)
+    for name, module in list(model.named_modules()):
+        count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if not count:
+            continue
+        removable = [group for group in reads.get(name, []) if group.whole_because is None]
+        if removable:
+            attach_gate_(module, _input_gate(name, module, removable, gates).to(device))
+            told = ", ".join(f"'{group.name}' ({group.size})" for group in removable)
+            yield LayerRow(name, type(module).__name__, "converted", f"gates on its inputs: {told}", count)
+        else:
+            reason = _why_ungated(module, reads.get(name, []), scan)
+            yield LayerRow(name, type(module).__name__, "left", reason, count)
+
+
+def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupScan) -> str:
+    if scan.failure:
+        return scan.failure
+    if reads:
+        return "; ".join(f"'{group.name}' stays whole: {group.whole_because}" for group in reads)
+    if isinstance(module, nn.Linear | _ConvNd):
+        if isinstance(module, _ConvNd) and module.groups > 1:
+            return "follows its group"
+        return "reads the input, or what no prunable layer writes"
+    if isinstance(module, _BatchNorm):
+        return "follows its group"
+    return "not a layer with separable input channels"
+
+
+def _input_gate(
+    name: str, module: nn.Module, groups: Sequence[ChannelGroup], gates: dict[str, ChannelGate]
+) -> InputGate:
+    """The gate in front of the layer, built from all the groups that it reads."""
+    width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    assert isinstance(width, int)
+    ungated = sum(group.size for group in groups)
+    factors: list[Tensor] = []
+    offset = 0
+    for group in groups:
+        # Channel groups cover different inputs of a layer; its feature group covers them all again.
+        if group.is_features or not factors:
+            factors.append(torch.full((width,), ungated, dtype=torch.int64))
+        for member in group.readers:
+            if member.layer == name:
+                here = torch.from_numpy(member.index)
+                factors[-1] = torch.where(here >= 0, here + offset, factors[-1])
+        offset += group.size
+    index = torch.stack(factors) if len(factors) > 1 else factors[0]
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    return InputGate([gates[group.name] for group in groups], index, dim)
+
+
+@torch.no_grad()
+def fold_gate_(layer: nn.Module, gate: InputGate) -> None:
+    """Multiply a layer's weights by the gates of the inputs that they read, in place."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    values = gate.values(1)[0].to(weight.dtype)
+    shape = [1] * weight.dim()
+    shape[0 if isinstance(layer, _ConvTransposeNd) else 1] = len(values)
+    weight.mul_(values.view(shape))

@@ -1,0 +1,90 @@
+"""The data of a run: what it must be, and what a reader of the report must know of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.data import TensorBatches
+from vbdcompress.errors import DataError
+from vbdcompress.records import InputSpec
+from vbdcompress.reporting.build import DataRecord
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The data of a run, and what is known of it.
+
+    Attributes:
+        train, validation, test: yield (input, target) batches; test may be None.
+        record: names and counts for the report.
+        input: shape and normalisation.
+        notes: sentences that a reader must know, beside those of `warnings_of`.
+    """
+
+    train: Iterable[Any]
+    validation: Iterable[Any]
+    test: Iterable[Any] | None
+    record: DataRecord
+    input: InputSpec
+    notes: tuple[str, ...] = ()
+
+
+def warnings_of(sources: Sources) -> list[str]:
+    """What makes the figures of a run on these data less than they seem, a sentence each."""
+    messages = list(sources.notes)
+    record = sources.record
+    if record.validation_held_out is not True:
+        known = "was" if record.validation_held_out is False else "may have been"
+        messages.append(
+            f"The network {known} trained on its validation examples: it looks better on them than it is, "
+            "and a budget measured there misleads. Pass validation data of your own."
+        )
+    if record.test is None:
+        messages.append(
+            "There is no test set: the error is the validation error, on which choices were made."
+        )
+    return messages
+
+
+def first_inputs(loader: Iterable[Any]) -> Tensor:
+    """The inputs of the first batch. Raises DataError where there is none, or it is not (tensor, labels)."""
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise DataError("loader", "is empty: it yields no batch.")
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+        raise DataError(
+            "loader",
+            f"yields {type(batch).__name__}s, allowed are pairs of an input tensor and targets.",
+            "Wrap it in a generator that yields (input, target).",
+        )
+    inputs: Tensor = batch[0]
+    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+        raise DataError("loader", "the first batch holds NaN or infinite values.")
+    return inputs
+
+
+def check_labels(model: nn.Module, samples: Tensor, sources: Sources) -> None:
+    """Raise DataError where a label has no logit. Only for sets in memory: others show it as they go."""
+    with torch.no_grad():
+        output = model(samples)
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise DataError(
+            "network",
+            f"gives {tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__}, "
+            "cross entropy needs logits [batch, classes].",
+            "From Python, pass your own: compress(..., loss=, metric=)",
+        )
+    for part, batches in (
+        ("training", sources.train),
+        ("validation", sources.validation),
+        ("test", sources.test),
+    ):
+        if isinstance(batches, TensorBatches) and int(batches.labels.max()) >= output.shape[1]:
+            raise DataError(
+                f"data set '{sources.record.name}', {part} part",
+                f"has labels up to {int(batches.labels.max())}, the network has {output.shape[1]} outputs.",
+                "Choose the data set that it was trained on: --data",
+            )

@@ -1,0 +1,148 @@
+"""One epoch of a fit: the steps, their rates and seeds, and who is told of them."""
+
+import math
+import time
+from collections.abc import Iterator, Sized
+from typing import Any, Protocol
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vbdcompress.config import FitConfig
+from vbdcompress.errors import FitError
+from vbdcompress.evaluation import to_device
+from vbdcompress.optimization import default_beta
+from vbdcompress.records import EpochRow
+from vbdcompress.vbd.elbo import beta_at
+
+
+class Listener(Protocol):
+    """Is told how the fit goes on; only in the main process."""
+
+    def on_start(self, title: str, epochs: int) -> None:
+        """Before the first epoch of a fit; one run may have several."""
+
+    def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
+        """After a step: both counted from 1; examples in it over all processes."""
+
+    def on_epoch(self, row: EpochRow, epochs: int) -> None:
+        """After an epoch and its validation."""
+
+
+class EpochRunner:
+    """Trains a network epoch by epoch; holds what stays the same over the epochs of one fit.
+
+    Args:
+        module, optimizer: as Fabric set them up; the module gives ELBO terms.
+        batches: on the device, this process's share.
+        teacher: asked at every step; None where the batches hold its outputs, or there is none.
+        listener: told of each step; None in all but the main process.
+        keep_zeros: weights (tensors of 2 or more dimensions) that are 0 stay 0.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        config: FitConfig,
+        module: Any,
+        optimizer: Any,
+        batches: Any,
+        teacher: nn.Module | None,
+        listener: Listener | None,
+        *,
+        keep_zeros: bool,
+    ) -> None:
+        self.fabric, self.config = fabric, config
+        self.module, self.optimizer, self.batches = module, optimizer, batches
+        self.teacher, self.listener = teacher, listener
+        self.full_beta = default_beta(module) if config.beta is None else config.beta
+        self.warmup = min(config.warmup_epochs, config.epochs // 2)
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        weights = [weight for weight in module.parameters() if weight.dim() >= 2] if keep_zeros else []
+        self.kept = [(weight, weight != 0) for weight in weights if bool((weight == 0).any())]
+
+    def beta(self, epoch: int) -> float:
+        """Weight of the KL in an epoch counted from 0."""
+        return beta_at(epoch, self.full_beta, self.warmup)
+
+    def rate(self, epoch: int) -> float:
+        """Factor of the learning rates in an epoch counted from 0."""
+        done = epoch / max(1, self.config.epochs)
+        factors = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+        return factors[self.config.schedule]
+
+    def epoch(self, epoch: int) -> tuple[float, float, float]:
+        """One pass over the training set: mean NLL and KL in nats per example, and seconds."""
+        fabric, config = self.fabric, self.config
+        # Of (seed, epoch, rank) alone, so that a resumed fit draws what an unbroken one would
+        torch.manual_seed((config.seed * 1_000_003 + epoch) * 4096 + fabric.global_rank)
+        _set_epoch(self.batches, epoch)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * self.rate(epoch)
+        beta = torch.tensor(self.beta(epoch), device=fabric.device)
+        sums = torch.zeros(2, device=fabric.device)
+        self.module.train()
+        steps = _count_steps(self.batches)
+        count, started = 0, time.perf_counter()
+        for inputs, target, examples in self.shares():
+            sums += self.step(inputs, target, beta)
+            count += 1
+            if self.listener is not None:
+                self.listener.on_step(epoch + 1, count, steps, examples * fabric.world_size)
+        if count == 0:
+            raise FitError(f"fit: epoch {epoch + 1}", "the loader gave no batch.")
+        mean = sums / count
+        if fabric.world_size > 1:
+            mean = fabric.all_reduce(mean, reduce_op="mean")  # type: ignore[assignment]
+        nll, kl = mean.tolist()
+        return nll, kl, time.perf_counter() - started
+
+    def shares(self) -> Iterator[tuple[Any, Any, int]]:
+        """This process's inputs, targets and number of examples, on its device, batch by batch."""
+        device = self.fabric.device
+        for batch in self.batches:
+            inputs, target = to_device(batch[0], device), to_device(batch[1], device)
+            if self.teacher is not None:
+                with torch.no_grad(), self.fabric.autocast():
+                    target = (target, self.teacher(inputs))
+            yield inputs, target, len(target[0] if isinstance(target, tuple) else target)
+
+    def step(self, inputs: Any, target: Any, beta: Tensor) -> Tensor:
+        """One update; returns [2], detached NLL and KL."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            terms = self.module(inputs, target, beta)
+        except IndexError as error:
+            if not str(error).startswith("Target"):  # torch's cross entropy on the CPU: no logit for a label
+                raise
+            raise FitError("fit", f"the loss refused a batch: {error}", "Labels count from 0.") from error
+        self.fabric.backward(terms.objective)
+        if self.config.clip_norm is not None:
+            self.fabric.clip_gradients(
+                self.module, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        with torch.no_grad():
+            for weight, kept in self.kept:
+                weight.mul_(kept)
+        return torch.stack((terms.nll.detach(), terms.kl.detach()))
+
+
+def _set_epoch(batches: Any, epoch: int) -> None:
+    """Tell whatever decides the order of the examples which epoch it is."""
+    parts: list[Any] = [batches]
+    if isinstance(batches, DataLoader):
+        parts = [batches.sampler, batches.batch_sampler]
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def _count_steps(batches: Any) -> int | None:
+    """Batches in an epoch; None where that is not known. A DataLoader always has a __len__ that may raise."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
