@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from vbdcompress.count import layer_sizes
 from vbdcompress.evaluation import device_of
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
+from vbdcompress.surgery.weights import Mixing, keeps_groups_apart, scale_inputs_
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
 
 Cost = Literal["none", "params", "macs", "params+macs"]
@@ -87,12 +88,10 @@ def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupSc
         return scan.failure
     if reads:
         return "; ".join(f"'{group.name}' stays whole: {group.whole_because}" for group in reads)
-    if isinstance(module, nn.Linear | _ConvNd):
-        if isinstance(module, _ConvNd) and module.groups > 1:
-            return "follows its group"
-        return "reads the input, or what no prunable layer writes"
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, _BatchNorm) or keeps_groups_apart(module):
         return "follows its group"
+    if isinstance(module, nn.Linear | _ConvNd):
+        return "reads the input, or what no prunable layer writes"
     return "not a layer with separable input channels"
 
 
@@ -122,9 +121,5 @@ def _input_gate(
 @torch.no_grad()
 def fold_gate_(layer: nn.Module, gate: InputGate) -> None:
     """Multiply a layer's weights by the gates of the inputs that they read, in place."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    values = gate.values(1)[0].to(weight.dtype)
-    shape = [1] * weight.dim()
-    shape[0 if isinstance(layer, _ConvTransposeNd) else 1] = len(values)
-    weight.mul_(values.view(shape))
+    assert isinstance(layer, Mixing)
+    scale_inputs_(layer, gate.values(1)[0])

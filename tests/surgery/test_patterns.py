@@ -83,6 +83,34 @@ def grouped() -> nn.Module:
     return Pattern(forward, a=conv(3, 8), b=conv(8, 12, groups=4), c=conv(12, 6), head=nn.Linear(6, 4))
 
 
+def shares_of_groups() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(m.b(m.a(x).relu())).relu()
+        return m.head(pool(m.up(y).relu()))
+
+    return Pattern(
+        forward,
+        a=conv(3, 8),
+        b=conv(8, 6, groups=2),
+        norm=nn.BatchNorm2d(6),
+        up=nn.ConvTranspose2d(6, 10, 2, stride=2, groups=2),
+        head=nn.Linear(10, 4),
+    )
+
+
+def grouped_transposed() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(pool(m.c(m.up(m.a(x).relu()).relu()).relu()))
+
+    return Pattern(
+        forward,
+        a=conv(3, 8),
+        up=nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4),
+        c=conv(12, 5),
+        head=nn.Linear(5, 4),
+    )
+
+
 def depthwise() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.head(pool(m.c(m.norm(m.b(m.a(x).relu())).relu()).relu()))
@@ -244,6 +272,8 @@ PATTERNS = {
         pixel_shuffle,
         reshape_before_transposed,
         grouped,
+        shares_of_groups,
+        grouped_transposed,
         depthwise,
         squeeze_excite,
         squeeze_excite_grouped,
@@ -301,10 +331,12 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "view_before_linear": {"a": 6, "fc": 10},
     "pixel_shuffle": {"a": 4, "b": 6},  # four channels of `a` make one of its reader's
     "reshape_before_transposed": {"fc": "can't run without some of its channels", "up": 5},
-    "grouped": {"a": "a convolution in 4 groups", "c": 6},
+    "grouped": {"a": 4, "c": 6},  # whole groups of `b` go
+    "shares_of_groups": {"a": 4, "b": 3, "up": 5},  # each of 2 groups loses as many
+    "grouped_transposed": {"a": 4, "c": 5},
     "depthwise": {"a": 8, "c": 6},
     "squeeze_excite": {"a": 8, "down": 4, "c": 6},
-    "squeeze_excite_grouped": {"a": "a convolution in 2 groups", "down": 4, "up": "can't run without"},
+    "squeeze_excite_grouped": {"a": 4, "b": 4, "down": 4},
     "channel_shuffle": {"a": "can't run without", "b": "can't run without", "c": 6},
     "padded_shortcut": {"a": "can't run without", "b": 6},
     "used_twice": {"a": 6, "c": 5},

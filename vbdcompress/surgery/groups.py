@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.gather import GatherLinear
-from vbdcompress.surgery.probe import Dependence, Recording, Role, Sink, depend, record
+from vbdcompress.surgery.probe import Place, Reading, Recording, Role, record
+from vbdcompress.surgery.weights import Index, is_mixing, keeps_groups_apart, shares
 
-Index = npt.NDArray[np.int64]
 NOT_HERE = -1
 # What tracing somebody's network is known to raise; each becomes a reason.
 TRACE_ERRORS = (
@@ -111,10 +110,10 @@ def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False) -
     try:
         recording = record(model, given, _role_of)
         ties = _Ties()
-        for source in recording.sources:
-            ties.writes(source.layer, source.values.shape[source.dim])
-        for sink in recording.sinks:
-            ties.reads(model, sink, depend(sink, recording))
+        for reading in recording.readings:
+            ties.reads(model, reading)
+        for layer in {reading.layer for reading in recording.readings if reading.role != "opaque"}:
+            ties.shares(layer, model.get_submodule(layer))
         groups = tuple(_build_groups(recording, ties))
     except TRACE_ERRORS as error:
         return GroupScan((), f"its channels can't be followed: {type(error).__name__}: {error}")
@@ -122,7 +121,7 @@ def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False) -
 
 
 def _role_of(module: nn.Module) -> Role | None:
-    if _is_mixing(module):
+    if is_mixing(module):
         return "mixing"
     if _is_per_channel(module):
         return "between"
@@ -132,32 +131,21 @@ def _role_of(module: nn.Module) -> Role | None:
     return None
 
 
-def _is_mixing(module: Any) -> bool:
-    """Layers whose every output reads every input: they write one group and read another."""
-    return isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1)
-
-
 def _is_per_channel(module: Any) -> bool:
-    if isinstance(module, _ConvNd):
-        return module.groups == module.in_channels == module.out_channels
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
-    return isinstance(module, _BatchNorm | _InstanceNorm)
-
-
-# ("writes", layer, channel) or ("reads", layer, position)
-_Place = tuple[str, str, int]
+    return keeps_groups_apart(module) or isinstance(module, _BatchNorm | _InstanceNorm)
 
 
 class _Ties:
     """Places tied by what meets in them (a union-find), and what keeps any of them whole."""
 
     def __init__(self) -> None:
-        self.parent: dict[_Place, _Place] = {}
-        self.reasons: dict[str, str] = {}  # layer whose outputs must all stay -> why
+        self.parent: dict[Place, Place] = {}
+        self.reasons: list[tuple[Place, str]] = []
         self.from_network_input: dict[str, bool] = {}
 
-    def find(self, place: _Place) -> _Place:
+    def find(self, place: Place) -> Place:
         """The place that stands for all that are tied to it."""
         self.parent.setdefault(place, place)
         while self.parent[place] != place:
@@ -165,43 +153,47 @@ class _Ties:
             place = self.parent[place]
         return place
 
-    def tie(self, one: _Place, other: _Place) -> None:
+    def tie(self, one: Place, other: Place) -> None:
         """Let two places, and all that are tied to either, go together."""
         first, second = sorted((self.find(one), self.find(other)))
         self.parent[second] = first
 
-    def writes(self, layer: str, channels: int) -> None:
-        """A layer's outputs."""
-        for channel in range(channels):
-            self.find(("writes", layer, channel))
-
-    def reads(self, model: nn.Module, sink: Sink, dependence: Dependence) -> None:
+    def reads(self, model: nn.Module, reading: Reading) -> None:
         """What a layer, or the network's output, is given."""
-        for positions, nodes in dependence.positions:
+        for positions, places in reading.positions:
             for position in positions:
-                for layer, channel in nodes:
-                    self.tie(("reads", sink.layer, position), ("writes", layer, channel))
+                for place in places:
+                    self.tie(("reads", reading.layer, position), place)
         reason = None
-        if sink.role == "opaque":
-            reason = _why_opaque(model.get_submodule(sink.layer)) if sink.layer else _OUTPUT
-        elif isinstance(model.get_submodule(sink.layer), GatherLinear):
+        if reading.role == "opaque":
+            reason = _why_opaque(model.get_submodule(reading.layer)) if reading.layer else _OUTPUT
+        elif isinstance(model.get_submodule(reading.layer), GatherLinear):
             reason = "its reader picks single features of it by a gather"
-        elif dependence.bare:
-            reason = f"bare parameter '{dependence.bare[0]}' works on its channels"
+        elif reading.bare:
+            reason = f"bare parameter '{reading.bare[0]}' works on its channels"
         if reason is not None:
-            for layer, _ in dependence.nodes:
-                self.reasons.setdefault(layer, reason)
-        if sink.role == "mixing":
-            before = self.from_network_input.get(sink.layer, True)
-            self.from_network_input[sink.layer] = before and not dependence.nodes and not dependence.bare
+            self.reasons += [(place, reason) for place in reading.places]
+        if reading.role == "mixing":
+            before = self.from_network_input.get(reading.layer, True)
+            self.from_network_input[reading.layer] = before and not reading.places and not reading.bare
+
+    def shares(self, layer: str, module: nn.Module) -> None:
+        """Tie what the groups of a convolution must lose alike."""
+        if isinstance(module, _ConvNd) and module.groups > 1:
+            _, inputs, outputs = shares(module)
+            apart = keeps_groups_apart(module)
+            for group in range(module.groups):
+                for number in range(inputs):
+                    first = group * inputs if apart else number
+                    self.tie(("reads", layer, first), ("reads", layer, group * inputs + number))
+                for number in range(0 if apart else outputs):
+                    self.tie(("writes", layer, number), ("writes", layer, group * outputs + number))
 
 
 _OUTPUT = "no layer reads it: it is an output of the network"
 
 
 def _why_opaque(module: nn.Module) -> str:
-    if isinstance(module, _ConvNd):
-        return f"a convolution in {module.groups} groups needs them of equal size"
     return f"{type(module).__name__} mixes its channels, so that none can go without changing the rest"
 
 
@@ -209,21 +201,19 @@ def _why_opaque(module: nn.Module) -> str:
 class _Places:
     """The place that stands for each output of each writer, and for each input of each other layer."""
 
-    writers: dict[str, list[_Place]]
-    readers: dict[str, list[_Place]]
-    between: dict[str, list[_Place]]
+    writers: dict[str, list[Place]]
+    readers: dict[str, list[Place]]
+    between: dict[str, list[Place]]
 
 
 def _find_places(recording: Recording, ties: _Ties) -> _Places:
     places = _Places({}, {}, {})
-    for source in recording.sources:
-        count = source.values.shape[source.dim]
-        places.writers[source.layer] = [ties.find(("writes", source.layer, n)) for n in range(count)]
-    for sink in recording.sinks:
-        if sink.role != "opaque":
-            into = places.readers if sink.role == "mixing" else places.between
-            count = sink.tensor.shape[sink.dim]
-            into[sink.layer] = [ties.find(("reads", sink.layer, n)) for n in range(count)]
+    for layer, count in recording.written.items():
+        places.writers[layer] = [ties.find(("writes", layer, channel)) for channel in range(count)]
+    for reading in recording.readings:
+        if reading.role != "opaque":
+            into = places.readers if reading.role == "mixing" else places.between
+            into[reading.layer] = [ties.find(("reads", reading.layer, n)) for n in range(reading.width)]
     return places
 
 
@@ -233,7 +223,7 @@ def _tied_writers(places: _Places) -> list[list[str]]:
     for layer, roots in places.writers.items():
         for root in roots:
             together.tie(("writes", layer, -1), root)
-    grouped: dict[_Place, list[str]] = {}
+    grouped: dict[Place, list[str]] = {}
     for layer in places.writers:
         grouped.setdefault(together.find(("writes", layer, -1)), []).append(layer)
     return list(grouped.values())
@@ -242,8 +232,11 @@ def _tied_writers(places: _Places) -> list[list[str]]:
 def _build_groups(recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
     """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
     places = _find_places(recording, ties)
+    why: dict[Place, str] = {}
+    for place, told in ties.reasons:
+        why.setdefault(ties.find(place), told)
     for layers in _tied_writers(places):
-        numbers: dict[_Place, int] = {}
+        numbers: dict[Place, int] = {}
         for layer in layers:
             for root in places.writers[layer]:
                 numbers.setdefault(root, len(numbers))
@@ -251,7 +244,7 @@ def _build_groups(recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
             tuple(_members(found, numbers))
             for found in ({layer: places.writers[layer] for layer in layers}, places.readers, places.between)
         )
-        reason = next((ties.reasons[layer] for layer in layers if layer in ties.reasons), None)
+        reason = next((why[place] for place in numbers if place in why), None)
         if reason is None and not readers:
             reason = _OUTPUT
         elif reason is None and len(numbers) == 1 and len(writers[0].index) > 1:
@@ -259,7 +252,7 @@ def _build_groups(recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
         yield ChannelGroup(layers[0], len(numbers), writers, readers, between, reason)
 
 
-def _members(places: dict[str, list[_Place]], numbers: dict[_Place, int]) -> Iterator[Member]:
+def _members(places: dict[str, list[Place]], numbers: dict[Place, int]) -> Iterator[Member]:
     """The layers that have a part in the group whose places are numbered."""
     for layer, found in places.items():
         index = np.array([numbers.get(root, NOT_HERE) for root in found], dtype=np.int64)

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from vbdcompress.surgery.groups import ChannelGroup, Index, Member
+from vbdcompress.surgery.groups import ChannelGroup, Member
 from vbdcompress.surgery.slice import LayerCut, RemovalPlan
+from vbdcompress.surgery.weights import (
+    Index,
+    effect_of,
+    layer_widths,
+    outputs_of_inputs,
+    unread_inputs,
+    unwritten_outputs,
+    zero_inputs_,
+    zero_outputs_,
+)
 
 # Two positions of one constant channel may differ by rounding (average pooling), in float64
 CONSTANT_TOLERANCE = 1e-12
@@ -57,24 +67,6 @@ def _layer(model: nn.Module, member: Member) -> nn.Linear | _ConvNd:
     return layer
 
 
-def _by_input(layer: nn.Linear | _ConvNd) -> Tensor:
-    """[inputs, everything else] view of a mixing layer's weight."""
-    return (
-        layer.weight.flatten(1)
-        if isinstance(layer, _ConvTransposeNd)
-        else layer.weight.transpose(0, 1).flatten(1)
-    )
-
-
-def _by_output(layer: nn.Linear | _ConvNd) -> Tensor:
-    """[outputs, everything else] view of a mixing layer's weight."""
-    return (
-        layer.weight.transpose(0, 1).flatten(1)
-        if isinstance(layer, _ConvTransposeNd)
-        else layer.weight.flatten(1)
-    )
-
-
 def _channels_with_all_zero(group: ChannelGroup, zero_at: list[tuple[Member, Tensor]]) -> Index:
     """Channels all of whose positions in all members are zero; zero_at: [positions] bool."""
     alive = np.zeros(group.size, dtype=bool)
@@ -89,7 +81,7 @@ def _remove_unread(state: _Liveness) -> bool:
     """Remove channels that no weight reads; True where any went."""
     changed = False
     for group in state.groups:
-        zero_at = [(m, (_by_input(_layer(state.model, m)) == 0).all(1)) for m in group.readers]
+        zero_at = [(m, unread_inputs(_layer(state.model, m))) for m in group.readers]
         dead = _channels_with_all_zero(group, zero_at)
         gone = state.removed[group.name]
         new = [int(channel) for channel in dead if int(channel) not in gone]
@@ -105,11 +97,7 @@ def _remove_unread(state: _Liveness) -> bool:
 def _silence(model: nn.Module, group: ChannelGroup, channels: Index) -> None:
     """Set to 0 what writes removed channels: nothing reads them, and their own inputs may die in turn."""
     for member in group.writers:
-        layer, positions = _layer(model, member), torch.from_numpy(member.positions(channels))
-        dim = 1 if isinstance(layer, _ConvTransposeNd) else 0
-        layer.weight.index_fill_(dim, positions.to(layer.weight.device), 0.0)
-        if layer.bias is not None:
-            layer.bias[positions] = 0.0
+        zero_outputs_(_layer(model, member), member.positions(channels).tolist())
 
 
 def _fold_constants(state: _Liveness) -> bool:
@@ -118,7 +106,7 @@ def _fold_constants(state: _Liveness) -> bool:
     for group in state.groups:
         if group.is_features:
             continue
-        zero_at = [(m, (_by_output(_layer(state.model, m)) == 0).all(1)) for m in group.writers]
+        zero_at = [(m, unwritten_outputs(_layer(state.model, m))) for m in group.writers]
         found = _channels_with_all_zero(group, zero_at)
         gone = state.removed[group.name]
         candidates = np.array([c for c in found if int(c) not in gone], dtype=np.int64)
@@ -173,7 +161,7 @@ def _fold_channel(
         low, high = (bound[positions] for bound in inputs[member.layer])
         if bool((high - low > CONSTANT_TOLERANCE * (1 + high.abs())).any()):
             return False
-        unread = bool((_by_input(layer)[positions] == 0).all())
+        unread = bool(unread_inputs(layer)[positions].all())
         if not unread and bool((high != 0).any()) and _pads_with_zeros(layer):
             return False  # the border would read 0 where the middle reads the constant
         folds.append((member.layer, layer, positions, high))
@@ -195,20 +183,15 @@ def _pads_with_zeros(layer: nn.Linear | _ConvNd) -> bool:
 def _fold_into_bias(
     state: _Liveness, name: str, layer: nn.Linear | _ConvNd, positions: Index, constant: Tensor
 ) -> None:
-    weight = layer.weight
-    where = torch.from_numpy(positions).to(weight.device)
     if bool((constant != 0).any()):
-        if isinstance(layer, nn.Linear):
-            shift = weight[:, where] @ constant
-        else:
-            dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
-            taps = weight.index_select(dim, where).movedim(dim, 0).flatten(2).sum(2)
-            shift = constant @ taps
+        constants = layer.weight.new_zeros(layer_widths(layer)[0])
+        constants[positions] = constant
+        shift = effect_of(layer, constants)
         if layer.bias is None:
-            layer.bias = nn.Parameter(weight.new_zeros(len(shift)))
+            layer.bias = nn.Parameter(torch.zeros_like(shift))
             state.new_biases.add(name)
         layer.bias += shift
-    weight.index_fill_(0 if isinstance(layer, _ConvTransposeNd) else 1, where, 0.0)
+    zero_inputs_(layer, positions.tolist())
 
 
 def _plan_from(state: _Liveness) -> RemovalPlan:
@@ -216,17 +199,20 @@ def _plan_from(state: _Liveness) -> RemovalPlan:
     lost_features: dict[str, Index] = {}
     lost_outputs: dict[str, Index] = {}
 
-    def lose(where: dict[str, Index], member: Member, channels: Index) -> None:
+    def lose(where: dict[str, Index], member: Member, positions: Index) -> None:
         before = where.get(member.layer, np.array([], dtype=np.int64))
-        where[member.layer] = np.union1d(before, member.positions(channels))
+        where[member.layer] = np.union1d(before, positions)
 
     for group in state.groups:
         gone = np.array(sorted(state.removed[group.name]), dtype=np.int64)
         if len(gone):
             for member in group.readers:
-                lose(lost_features if group.is_features else lost_inputs, member, gone)
-            for member in (*group.writers, *group.between):
-                lose(lost_outputs, member, gone)
+                lose(lost_features if group.is_features else lost_inputs, member, member.positions(gone))
+            for member in group.writers:
+                lose(lost_outputs, member, member.positions(gone))
+            for member in group.between:
+                layer = state.model.get_submodule(member.layer)
+                lose(lost_outputs, member, outputs_of_inputs(layer, member.positions(gone)))
     names = {*lost_inputs, *lost_features, *lost_outputs, *state.new_biases}
     ordered = [name for name, _ in state.model.named_modules() if name in names]
     return RemovalPlan(
@@ -246,9 +232,7 @@ def _plan_from(state: _Liveness) -> RemovalPlan:
 def _layer_cut(
     layer: nn.Module, inputs: Index | None, features: Index | None, outputs: Index | None, new_bias: bool
 ) -> LayerCut:
-    mixing = isinstance(layer, nn.Linear | _ConvNd) and (isinstance(layer, nn.Linear) or layer.groups == 1)
-    width_in = _by_input(layer).shape[0] if mixing else 0  # type: ignore[arg-type]
-    width_out = _by_output(layer).shape[0] if mixing else _channels_of(layer)  # type: ignore[arg-type]
+    width_in, width_out = layer_widths(layer)
     arriving = np.setdiff1d(np.arange(width_in), inputs if inputs is not None else [])
     kept = np.setdiff1d(arriving, features if features is not None else [])
     picks = features is not None and len(kept) < len(arriving)
@@ -258,13 +242,6 @@ def _layer_cut(
         gather=_tuple(np.searchsorted(arriving, kept)) if picks else None,
         new_bias=new_bias,
     )
-
-
-def _channels_of(layer: nn.Module) -> int:
-    for name in ("num_features", "out_channels", "num_parameters"):
-        if isinstance(width := getattr(layer, name, None), int):
-            return width
-    raise TypeError(f"{type(layer).__name__} has no channels")
 
 
 def _tuple(index: Index) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.errors import SlimError
 from vbdcompress.gather import GatherLinear
+from vbdcompress.surgery.weights import keeps_groups_apart, shares
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,24 @@ def _cut_linear_(layer: nn.Linear, cut: LayerCut) -> None:
 
 
 def _cut_conv_(layer: _ConvNd, cut: LayerCut) -> None:
-    if layer.groups > 1:  # depthwise: one filter for each channel
-        _select_(layer, "weight", 0, cut.outputs)
-        _select_(layer, "bias", 0, cut.outputs)
+    _, inputs, outputs = shares(layer)
+    transposed = isinstance(layer, _ConvTransposeNd)
+    if keeps_groups_apart(layer):  # whole groups go: rows of the weight, or of its transpose
         if cut.outputs is not None:
-            layer.in_channels = layer.out_channels = layer.groups = len(cut.outputs)
-        return
-    out_dim, in_dim = (1, 0) if isinstance(layer, _ConvTransposeNd) else (0, 1)
-    _select_(layer, "weight", out_dim, cut.outputs)
-    _select_(layer, "bias", 0, cut.outputs)
-    _select_(layer, "weight", in_dim, cut.inputs)
-    layer.out_channels, layer.in_channels = layer.weight.shape[out_dim], layer.weight.shape[in_dim]
+            kept = sorted({position // outputs for position in cut.outputs})
+            rows = tuple(group * inputs + number for group in kept for number in range(inputs))
+            _select_(layer, "weight", 0, rows if transposed else cut.outputs)
+            _select_(layer, "bias", 0, cut.outputs)
+            layer.groups = len(kept)
+    else:
+        _select_(layer, "bias", 0, cut.outputs)
+        # of several groups each loses the same: the second dimension counts within one
+        here, there = (cut.inputs, cut.outputs) if transposed else (cut.outputs, cut.inputs)
+        within = outputs if transposed else inputs
+        _select_(layer, "weight", 0, here)
+        _select_(layer, "weight", 1, None if there is None else tuple(p for p in there if p < within))
+    _, inputs, outputs = shares(layer)
+    layer.in_channels, layer.out_channels = layer.groups * inputs, layer.groups * outputs
 
 
 def _select_(layer: nn.Module, name: str, dim: int, kept: tuple[int, ...] | None) -> None:

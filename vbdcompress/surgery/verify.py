@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan, Index, trace_groups
+from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan, trace_groups
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.walk import shared_parameters
+from vbdcompress.surgery.weights import Index, Mixing, zero_inputs_
 
 # Largest |masked - sliced| over the largest |masked|, in float64
 EXACT = 1e-10
@@ -118,10 +118,8 @@ def _try_groups(
     for group in groups:
         for member in group.readers:
             layer = masked.get_submodule(member.layer)
-            dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
-            positions = torch.from_numpy(member.positions(masks[group.name]))
-            assert isinstance(layer.weight, Tensor)
-            layer.weight.index_fill_(dim, positions, 0.0)
+            assert isinstance(layer, Mixing)
+            zero_inputs_(layer, member.positions(masks[group.name]).tolist())
     try:
         expected = flatten_output(masked(inputs))
         sliced = copy.deepcopy(masked)

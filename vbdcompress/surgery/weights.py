@@ -1,0 +1,104 @@
+"""Weights of the layers that mix channels, seen by what reads an input and by what writes an output."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Mixing = nn.Linear | _ConvNd
+Index = npt.NDArray[np.int64]
+
+
+def keeps_groups_apart(module: object) -> bool:
+    """Whether a convolution's groups go whole, inputs with outputs: where that is finer than equal shares.
+
+    A depthwise convolution has as many groups as channels; 32 groups of 4 can go one by one, too,
+    while 2 groups of 48 must each lose as many.
+    """
+    return isinstance(module, _ConvNd) and 1 < module.groups >= module.in_channels // module.groups
+
+
+def is_mixing(module: object) -> bool:
+    """Layers whose outputs read all inputs, or all of their group: they write one group and read another."""
+    return isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not keeps_groups_apart(module))
+
+
+def shares(layer: Mixing) -> tuple[int, int, int]:
+    """(groups, inputs in each, outputs in each)."""
+    if isinstance(layer, nn.Linear):
+        return 1, layer.weight.shape[1], layer.weight.shape[0]
+    first, second = layer.weight.shape[:2]
+    if isinstance(layer, _ConvTransposeNd):
+        return layer.groups, first // layer.groups, second
+    return layer.groups, second, first // layer.groups
+
+
+def layer_widths(layer: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a layer that channel groups know; for one between, both are its channels'."""
+    if isinstance(layer, Mixing):
+        groups, inputs, outputs = shares(layer)
+        return groups * inputs, groups * outputs
+    for name in ("num_features", "num_parameters"):
+        if isinstance(width := getattr(layer, name, None), int):
+            return width, width
+    raise TypeError(f"{type(layer).__name__} has no channels")
+
+
+def outputs_of_inputs(layer: nn.Module, inputs: Index) -> Index:
+    """Outputs of a layer between that go with its inputs: the same, or those of the same groups."""
+    if not isinstance(layer, _ConvNd):
+        return inputs
+    _, read, written = shares(layer)
+    return np.flatnonzero(np.isin(np.arange(layer.groups * written) // written, inputs // read))
+
+
+def by_input(layer: Mixing) -> Tensor:
+    """[groups, inputs in each, outputs in each, taps] view of the weight."""
+    groups, inputs, outputs = shares(layer)
+    weight = layer.weight.detach()
+    if not weight.is_contiguous():  # channels last
+        layer.weight.data = weight = weight.contiguous()
+    if isinstance(layer, _ConvTransposeNd):
+        return weight.view(groups, inputs, outputs, -1)
+    return weight.view(groups, outputs, inputs, -1).transpose(1, 2)
+
+
+def unread_inputs(layer: Mixing) -> Tensor:
+    """[inputs] bool: every weight that reads it is 0."""
+    return (by_input(layer) == 0).flatten(2).all(2).flatten()
+
+
+def unwritten_outputs(layer: Mixing) -> Tensor:
+    """[outputs] bool: every weight that writes it is 0."""
+    return (by_input(layer).transpose(1, 2) == 0).flatten(2).all(2).flatten()
+
+
+def zero_inputs_(layer: Mixing, positions: Sequence[int]) -> None:
+    """Set to 0 what reads the inputs, in place."""
+    where = torch.as_tensor(positions, dtype=torch.int64, device=layer.weight.device)
+    weight = by_input(layer)
+    weight[where // weight.shape[1], where % weight.shape[1]] = 0.0
+
+
+def zero_outputs_(layer: Mixing, positions: Sequence[int]) -> None:
+    """Set to 0 what writes the outputs, with their biases, in place."""
+    where = torch.as_tensor(positions, dtype=torch.int64, device=layer.weight.device)
+    weight = by_input(layer).transpose(1, 2)
+    weight[where // weight.shape[1], where % weight.shape[1]] = 0.0
+    if layer.bias is not None:
+        layer.bias.data[where] = 0.0
+
+
+def scale_inputs_(layer: Mixing, factors: Tensor) -> None:
+    """Multiply the weights that read each input by its factor, [inputs], in place."""
+    weight = by_input(layer)
+    weight.mul_(factors.to(weight.dtype).view(*weight.shape[:2], 1, 1))
+
+
+def effect_of(layer: Mixing, constants: Tensor) -> Tensor:
+    """[outputs]: what constant inputs, [inputs], add where the layer reads all of its taps."""
+    weight = by_input(layer).sum(3)
+    return torch.einsum("gi,gio->go", constants.to(weight.dtype).view(weight.shape[:2]), weight).flatten()
