@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from vbdcompress.count import layer_sizes
 from vbdcompress.evaluation import device_of
+from vbdcompress.gather import GatherLinear
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.weights import Mixing, keeps_groups_apart, scale_inputs_
@@ -115,7 +116,8 @@ def _input_gate(
         offset += group.size
     index = torch.stack(factors) if len(factors) > 1 else factors[0]
     dim = -1 if isinstance(module, nn.Linear) else 1
-    return InputGate([gates[group.name] for group in groups], index, dim)
+    picked = module.input_index if isinstance(module, GatherLinear) else None
+    return InputGate([gates[group.name] for group in groups], index, dim, picked)
 
 
 @torch.no_grad()

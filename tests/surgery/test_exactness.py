@@ -103,6 +103,23 @@ def test_slim_equals_masked_when_inputs_go(name: str, mode: str) -> None:
     assert (expected - found).abs().max() <= 1e-10 * expected.abs().max()
 
 
+@pytest.mark.parametrize("name", ["lenet_300_100", "lenet5"])
+def test_inputs_can_go_twice(name: str) -> None:
+    model, batch = build_random(name)
+    sizes = []
+    for _ in range(2):
+        converted = convert(model, batch, "channels", prune_inputs=True)
+        switch_off_(converted.model, 0.3)
+        converted.model.train()(batch)
+        set_threshold_(converted.model, THRESHOLD)
+        model = slim(converted, THRESHOLD).model
+        with torch.no_grad():
+            expected, found = converted.model.eval()(batch), model(batch)
+        assert (expected - found).abs().max() <= 1e-10 * expected.abs().max()
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert sizes[1] < 0.7 * sizes[0]
+
+
 @pytest.mark.parametrize("mode", ["channels", "weights"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_undo_restores_the_exact_original(name: str, mode: str) -> None:

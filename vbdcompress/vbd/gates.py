@@ -61,15 +61,21 @@ class InputGate(nn.Module):
             the total number of channels for an input that has no gate. [factors, in_features]
             where an input has several gates, say its channel's and its own: they multiply.
         dim: the input's channel dimension (1 for convolutions, -1 for Linear).
+        picked: [in_features] positions of the input that the layer picks by a gather; None reads
+            the input as it comes.
     """
 
     index: Tensor
+    picked: Tensor | None
 
-    def __init__(self, gates: Sequence[ChannelGate], index: Tensor, dim: int) -> None:
+    def __init__(
+        self, gates: Sequence[ChannelGate], index: Tensor, dim: int, picked: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.gates = nn.ModuleList(gates)
         self.dim = dim
         self.register_buffer("index", index, persistent=False)
+        self.register_buffer("picked", picked, persistent=False)
         sizes = [gate.theta.numel() for gate in gates]
         self._runs = [_find_run(row.cpu(), sizes) for row in index.view(-1, index.shape[-1])]
 
@@ -88,6 +94,9 @@ class InputGate(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         # a Linear's input may be one example without a batch: [in_features]
         values = self.values(input.shape[0] if input.dim() > 1 else 1).to(input.dtype)
+        if self.picked is not None:
+            ungated = values.new_ones(len(values), input.shape[self.dim])
+            values = ungated.index_copy(1, self.picked, values)
         shape = [1] * input.dim()
         shape[0], shape[self.dim] = values.shape
         return input * values.view(shape)
