@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from vbdcompress.attention import open_attention_
 from vbdcompress.errors import ConvertError
 from vbdcompress.evaluation import device_of
 from vbdcompress.gating import Cost, channel_costs, convert_channels_, fold_gate_
@@ -103,13 +104,15 @@ def convert(
             "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations.",
         ) from error
     example = example.detach().cpu()
-    scan = find_groups(model, example, features=prune_inputs)
+    if mode == "channels":
+        open_attention_(converted)
+    scan = find_groups(converted, example, features=prune_inputs)
     scan = GroupScan(tuple(_leave_skipped(scan.groups, skip)), scan.failure)
     start = LOG_SIGMA2[mode] if log_sigma2 is None else log_sigma2
     if mode == "weights":
         rows = tuple(_convert_weights_(converted, skip, start, called))
     else:
-        costs = channel_costs(model, example, scan.removable, cost)
+        costs = channel_costs(converted, example, scan.removable, cost)
         rows = tuple(convert_channels_(converted, scan, start, costs))
     if not any(row.action == "converted" for row in rows):
         reasons = "; ".join(f"{row.name or 'the network'}: {row.reason}" for row in rows)

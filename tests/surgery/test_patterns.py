@@ -187,6 +187,50 @@ def bare_parameter() -> nn.Module:
     return model
 
 
+def bare_matrix() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.einsum("nchw,dc->ndhw", m.a(x).relu(), m.matrix)
+        return m.head(pool(m.b(y).relu()))
+
+    model = Pattern(forward, a=conv(3, 6), b=conv(7, 5), head=nn.Linear(5, 4))
+    model.matrix = nn.Parameter(torch.rand(7, 6))
+    return model
+
+
+def encoder() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.block(m.a(x).flatten(2).transpose(1, 2))
+        return m.head(y.mean(1))
+
+    block = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
+    return Pattern(forward, a=conv(3, 12, stride=2), block=block, head=nn.Linear(12, 4))
+
+
+class FusedAttention(nn.Module):
+    """As timm writes it: one Linear for queries, keys and values; the numbers of heads kept beside it."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, dim // heads, dim
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.table = nn.Parameter(torch.randn(16, heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        qkv = self.qkv(x).reshape(n, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        bias = self.table[:length].t()[None, :, :, None]
+        y = F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias + bias.transpose(-2, -1))
+        return self.proj(y.transpose(1, 2).reshape(n, length, self.attn_dim))
+
+
+def fused_qkv() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).flatten(2).transpose(1, 2)
+        return m.head((y + m.attn(y)).mean(1))
+
+    return Pattern(forward, a=conv(3, 12, stride=2), attn=FusedAttention(12, 3), head=nn.Linear(12, 4))
+
+
 def dict_of_outputs() -> nn.Module:
     def forward(m: Any, x: Tensor) -> dict[str, Any]:
         y = m.a(x).relu()
@@ -281,6 +325,9 @@ PATTERNS = {
         padded_shortcut,
         used_twice,
         bare_parameter,
+        bare_matrix,
+        encoder,
+        fused_qkv,
         dict_of_outputs,
         group_norm,
         instance_norm_and_prelu,
@@ -340,7 +387,10 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "channel_shuffle": {"a": "can't run without", "b": "can't run without", "c": 6},
     "padded_shortcut": {"a": "can't run without", "b": 6},
     "used_twice": {"a": 6, "c": 5},
-    "bare_parameter": {"a": "bare parameter 'scale'", "b": 5},
+    "bare_parameter": {"a": 6, "b": 5},
+    "bare_matrix": {"a": "mixes its channels", "b": 5},
+    "encoder": {"a": "LayerNorm mixes", "block.linear1": 16, "block.self_attn.q": 3},
+    "fused_qkv": {"a": 12, "attn.qkv": 3},
     "dict_of_outputs": {"a": 6, "one": "output of the network", "b": 5},
     "group_norm": {"a": "GroupNorm mixes", "b": 5},
     "instance_norm_and_prelu": {"a": 8, "b": 6, "c": 5},
@@ -351,7 +401,8 @@ EXPECTED: dict[str, dict[str, int | str]] = {
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_find_groups_says_what_can_go_and_why_the_rest_stays(name: str) -> None:
-    groups = {group.name: group for group in find_groups(built(name), EXAMPLE.double()).groups}
+    converted = convert(built(name), EXAMPLE.double())
+    groups = {group.name: group for group in converted.scan.groups}
     for layer, told in EXPECTED[name].items():
         if isinstance(told, int):
             assert (groups[layer].size, groups[layer].whole_because) == (told, None)

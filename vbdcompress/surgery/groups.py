@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.gather import GatherLinear
-from vbdcompress.surgery.probe import Place, Reading, Recording, Role, record
+from vbdcompress.surgery.match import Place
+from vbdcompress.surgery.probe import Reading, Recording, Role, record
 from vbdcompress.surgery.weights import Index, is_mixing, keeps_groups_apart, shares
 
 NOT_HERE = -1
@@ -51,6 +52,17 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Parameter(Member):
+    """A parameter of no layer known by its type, with an entry for each channel along a dimension.
+
+    Attributes:
+        dim: that dimension; `layer` is the parameter's dotted name.
+    """
+
+    dim: int = 0
+
+
+@dataclass(frozen=True)
 class ChannelGroup:
     """Channels that must be removed together, or the single features that one Linear reads.
 
@@ -61,6 +73,7 @@ class ChannelGroup:
         readers: layers whose inputs these are.
         between: layers with something for each channel on the way: batch norm, depthwise convolution.
         whole_because: why no channel may go; None where they may.
+        parameters: others with something for each channel on the way: a scale, a table of heads.
     """
 
     name: str
@@ -69,6 +82,7 @@ class ChannelGroup:
     readers: tuple[Member, ...]
     between: tuple[Member, ...] = ()
     whole_because: str | None = None
+    parameters: tuple[Parameter, ...] = ()
 
     @property
     def is_features(self) -> bool:
@@ -93,7 +107,7 @@ class GroupScan:
         return tuple(group for group in self.groups if group.whole_because is None)
 
 
-def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False) -> GroupScan:
+def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False, seed: int = 0) -> GroupScan:
     """The channel groups of a plain network.
 
     Args:
@@ -101,8 +115,14 @@ def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False) -
         example: one batch of inputs.
         features: also the single features of Linear layers that read the network's input or a
             flattened feature map.
+        seed: of the noise that the network is looked at with.
     """
-    given = example.detach()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _trace(model, example.detach(), features)
+
+
+def _trace(model: nn.Module, given: Tensor, features: bool) -> GroupScan:
     if given.is_floating_point():
         # beside noise, for which branches open that the example leaves shut
         given = torch.cat([given, torch.randn_like(given), 5 * torch.randn_like(given)])
@@ -114,7 +134,7 @@ def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False) -
             ties.reads(model, reading)
         for layer in {reading.layer for reading in recording.readings if reading.role != "opaque"}:
             ties.shares(layer, model.get_submodule(layer))
-        groups = tuple(_build_groups(recording, ties))
+        groups = tuple(_build_groups(model, recording, ties))
     except TRACE_ERRORS as error:
         return GroupScan((), f"its channels can't be followed: {type(error).__name__}: {error}")
     return GroupScan(groups + (tuple(_feature_groups(model, recording, groups, ties)) if features else ()))
@@ -144,6 +164,7 @@ class _Ties:
         self.parent: dict[Place, Place] = {}
         self.reasons: list[tuple[Place, str]] = []
         self.from_network_input: dict[str, bool] = {}
+        self.parameters: dict[tuple[str, int], None] = {}  # (name, dimension) of those tied to channels
 
     def find(self, place: Place) -> Place:
         """The place that stands for all that are tied to it."""
@@ -164,6 +185,9 @@ class _Ties:
             for position in positions:
                 for place in places:
                     self.tie(("reads", reading.layer, position), place)
+                    if place[0] == "holds":
+                        name, _, dim = place[1].rpartition(":")
+                        self.parameters[name, int(dim)] = None
         reason = None
         if reading.role == "opaque":
             reason = _why_opaque(model.get_submodule(reading.layer)) if reading.layer else _OUTPUT
@@ -229,7 +253,7 @@ def _tied_writers(places: _Places) -> list[list[str]]:
     return list(grouped.values())
 
 
-def _build_groups(recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
+def _build_groups(model: nn.Module, recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
     """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
     places = _find_places(recording, ties)
     why: dict[Place, str] = {}
@@ -249,7 +273,8 @@ def _build_groups(recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
             reason = _OUTPUT
         elif reason is None and len(numbers) == 1 and len(writers[0].index) > 1:
             reason = "what lies behind it mixes its channels, so that none can go alone"
-        yield ChannelGroup(layers[0], len(numbers), writers, readers, between, reason)
+        parameters = tuple(_parameters(model, ties, numbers))
+        yield ChannelGroup(layers[0], len(numbers), writers, readers, between, reason, parameters)
 
 
 def _members(places: dict[str, list[Place]], numbers: dict[Place, int]) -> Iterator[Member]:
@@ -258,6 +283,15 @@ def _members(places: dict[str, list[Place]], numbers: dict[Place, int]) -> Itera
         index = np.array([numbers.get(root, NOT_HERE) for root in found], dtype=np.int64)
         if (index >= 0).any():
             yield Member(layer, index)
+
+
+def _parameters(model: nn.Module, ties: _Ties, numbers: dict[Place, int]) -> Iterator[Parameter]:
+    """The bare parameters that have a part in the group whose places are numbered."""
+    for name, dim in ties.parameters:
+        count = model.get_parameter(name).shape[dim]
+        found = {name: [ties.find(("holds", f"{name}:{dim}", number)) for number in range(count)]}
+        for member in _members(found, numbers):
+            yield Parameter(member.layer, member.index, dim)
 
 
 def _feature_groups(

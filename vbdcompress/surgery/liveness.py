@@ -5,14 +5,16 @@ then it is a constant, which goes into the bias of its readers. Both are found f
 alone; the one thing measured is the value of that constant behind norms and activations.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from vbdcompress.attention import Opened
 from vbdcompress.surgery.groups import ChannelGroup, Member
 from vbdcompress.surgery.slice import LayerCut, RemovalPlan
 from vbdcompress.surgery.weights import (
@@ -26,6 +28,9 @@ from vbdcompress.surgery.weights import (
     zero_outputs_,
 )
 
+# What attention calls the number of its heads, and that of all their channels
+HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim")
 # Two positions of one constant channel may differ by rounding (average pooling), in float64
 CONSTANT_TOLERANCE = 1e-12
 
@@ -213,20 +218,59 @@ def _plan_from(state: _Liveness) -> RemovalPlan:
             for member in group.between:
                 layer = state.model.get_submodule(member.layer)
                 lose(lost_outputs, member, outputs_of_inputs(layer, member.positions(gone)))
-    names = {*lost_inputs, *lost_features, *lost_outputs, *state.new_biases}
-    ordered = [name for name, _ in state.model.named_modules() if name in names]
-    return RemovalPlan(
-        {
-            name: _layer_cut(
-                state.model.get_submodule(name),
-                lost_inputs.get(name),
-                lost_features.get(name),
-                lost_outputs.get(name),
-                name in state.new_biases,
-            )
-            for name in ordered
-        }
-    )
+    beside = _beside_layers(state)
+    cuts = {}
+    for name, layer in state.model.named_modules():
+        cut = LayerCut(opened=isinstance(layer, Opened))
+        if name in {*lost_inputs, *lost_features, *lost_outputs, *state.new_biases}:
+            lost = lost_inputs.get(name), lost_features.get(name), lost_outputs.get(name)
+            cut = _layer_cut(layer, *lost, name in state.new_biases)
+        if name in beside:
+            cut = replace(cut, parameters=beside[name].parameters, attributes=beside[name].attributes)
+        if cut != LayerCut():
+            cuts[name] = cut
+    return RemovalPlan(cuts)
+
+
+@dataclass
+class _Beside:
+    """What of a module changes beside its layers, as in LayerCut."""
+
+    parameters: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
+
+
+def _beside_layers(state: _Liveness) -> dict[str, _Beside]:
+    found: dict[str, _Beside] = defaultdict(_Beside)
+    for group in state.groups:
+        gone = np.array(sorted(state.removed[group.name]), dtype=np.int64)
+        if not len(gone):
+            continue
+        for parameter in group.parameters:
+            owner, _, own = parameter.layer.rpartition(".")
+            kept = np.setdiff1d(np.arange(len(parameter.index)), parameter.positions(gone))
+            found[owner].parameters[own] = (parameter.dim, _tuple(kept))
+        for member in group.writers:
+            owner = member.layer.rpartition(".")[0]
+            numbers = _numbers_of(state.model.get_submodule(owner), group, len(gone))
+            if numbers:
+                found[owner].attributes |= numbers
+    return dict(found)
+
+
+def _numbers_of(owner: nn.Module, group: ChannelGroup, gone: int) -> dict[str, int]:
+    """Numbers of heads, or of their channels, that a module keeps, as they are without those that went."""
+    if isinstance(owner, Opened):
+        return {}
+    heads = {name: group.size - gone for name in HEAD_NUMBERS if vars(owner).get(name) == group.size}
+    if not heads:
+        return {}
+    width = len(group.readers[0].index)
+    return heads | {
+        name: width // group.size * (group.size - gone)
+        for name in HEAD_WIDTHS
+        if vars(owner).get(name) == width
+    }
 
 
 def _layer_cut(

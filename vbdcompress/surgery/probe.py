@@ -6,7 +6,7 @@ attention) carries derivatives. What the input of a layer depends on is then loc
 the network's code moves its channels about: nothing is said of operations by name.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,14 +18,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
 from vbdcompress.surgery.weights import shares
 
 Role = Literal["mixing", "between", "opaque"]
-# ("writes", layer, channel of its output) or ("reads", layer, position of its input)
-Place = tuple[Literal["writes", "reads"], str, int]
-# A derivative below this share of the largest is none, in float64
-NONE = 1e-9
-RELATIVE = 1e-6
 # Their derivative is 0 on half of their range, or beyond a bound
 _CLIPPING = {
     *(torch.relu, torch.Tensor.relu, nn.functional.relu, nn.functional.relu6, nn.functional.hardtanh),
@@ -46,7 +42,7 @@ class Reading:
         positions: for each set of positions that can't be told apart, the places that they come
             from: ([positions], [places]).
         places: all that reach it.
-        bare: names of bare parameters that work on the way.
+        bare: names of bare parameters that work on the way, not channel by channel.
     """
 
     layer: str
@@ -55,35 +51,6 @@ class Reading:
     positions: list[tuple[list[int], list[Place]]]
     places: list[Place]
     bare: list[str]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A leaf: what a layer computed, or what one was given, from which the network is followed anew.
-
-    Attributes:
-        side, layer: "writes" for an output, "reads" for an input.
-        values: the leaf.
-        dim: its channel dimension; None where its channels are one place, for they stay together.
-        shares: (n, m) where each n channels stand for as many places that go together, m of them:
-            behind a convolution whose groups go whole.
-    """
-
-    side: Literal["writes", "reads"]
-    layer: str
-    values: Tensor
-    dim: int | None
-    shares: tuple[int, int] = (1, 1)
-
-    @property
-    def count(self) -> int:
-        """Number of its places."""
-        return 1 if self.dim is None else self.values.shape[self.dim]
-
-    def place(self, channel: int) -> Place:
-        """The place of one channel."""
-        here, there = self.shares
-        return self.side, self.layer, channel // here * there
 
 
 @dataclass
@@ -104,14 +71,26 @@ class Recording:
 
 
 class _Smooth(TorchFunctionMode):
-    """Activations that clip become a scaling: which channel goes where stays the same."""
+    """Activations that clip become a scaling, attention a sum: what depends on what stays the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
         if func in _CLIPPING_ or (func in _CLIPPING and (kwargs or {}).get("inplace")):
             return args[0].mul_(0.9)
         if func in _CLIPPING:
             return args[0] * 0.9
         return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    """Each channel of a head's output from all of its query and key, and its own of the value; cheaply."""
+    scores = query.sum(-1, keepdim=True) + key.sum((-1, -2))[..., None, None]
+    if attn_mask is not None and attn_mask.is_floating_point():
+        scores = scores + attn_mask.sum(-1, keepdim=True)
+    return scores + value.sum(-2, keepdim=True)
 
 
 def record(model: nn.Module, example: Any, role_of: Callable[[nn.Module], Role | None]) -> Recording:
@@ -226,18 +205,23 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
     cotangent = torch.randn_like(tensor).requires_grad_()
     wanted = [*(source.values for source in sources), *bare]
     slopes = torch.autograd.grad(tensor, wanted, cotangent, create_graph=True, allow_unused=True)
-    touching = zip(bare, slopes[len(sources) :], strict=True)
-    reading.bare.extend(
-        found.bare[id(leaf)] for leaf, slope in touching if slope is not None and bool(slope.any())
-    )
+    for leaf, slope in zip(bare, slopes[len(sources) :], strict=True):
+        if slope is not None and bool(slope.any()):
+            name = found.bare[id(leaf)]
+            held = None if role == "opaque" else match_parameter(name, leaf, slope, cotangent, dim)
+            if held is None:
+                reading.bare.append(name)
+            else:
+                reading.positions.extend(held)
+                reading.places.extend(place for _, places in held for place in places)
     flows = []
     for source, slope in zip(sources, slopes[: len(sources)], strict=True):
-        reaching = [] if slope is None else _reaching(source, slope)
+        reaching = [] if slope is None else reaching_channels(source, slope)
         reading.places.extend(source.place(channel) for channel in reaching)
         if slope is not None and reaching:
-            flows.append(_Flow(source, slope))
+            flows.append(Flow(source, slope))
     if role != "opaque":
-        reading.positions.extend(_match(tensor, dim, flows, cotangent))
+        reading.positions.extend(match(tensor, dim, flows, cotangent))
     if not tensor.is_leaf and not tensor._is_view():
         tensor.detach_().requires_grad_()
         found.sources[id(tensor)] = Source("reads", layer, tensor, None if role == "opaque" else dim)
@@ -259,130 +243,3 @@ def _leaves_of(tensor: Tensor) -> list[Tensor]:
                 seen.add(after)
                 queue.append(after)
     return list(leaves.values())
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """A source and its slope: the derivative of a reading, against a cotangent, by the source's values."""
-
-    source: Source
-    slope: Tensor
-
-    def steps(self, sizes: Tensor) -> Tensor:
-        """Random steps of all values, of a size for each place."""
-        step = torch.randn_like(self.source.values)
-        if self.source.dim is None:
-            return step * sizes
-        shape = [1] * step.dim()
-        shape[self.source.dim] = self.source.count
-        return step * sizes.view(shape)
-
-
-def _reaching(source: Source, slope: Tensor) -> list[int]:
-    if source.dim is None:
-        return [0] if bool(slope.detach().any()) else []
-    return _nonzero(slope.detach(), source.dim)
-
-
-def _nonzero(tensor: Tensor, dim: int) -> list[int]:
-    """Positions along a dimension at which a tensor of derivatives is not 0."""
-    sizes = tensor.abs().movedim(dim, 0).flatten(1).amax(1)
-    return torch.nonzero(sizes > NONE * sizes.max()).flatten().tolist()
-
-
-def _match(
-    tensor: Tensor, dim: int, flows: Sequence[_Flow], cotangent: Tensor
-) -> Iterator[tuple[list[int], list[Place]]]:
-    """(positions, places) of one reading.
-
-    First all sources at once: most positions come from one channel of one of them. What comes from
-    several, as in a sum, is looked at source by source, and then channel by channel.
-    """
-    if not flows:
-        return
-    rest = yield from _match_single(flows, cotangent, dim, range(tensor.shape[dim]))
-    if len(flows) > 1:
-        for flow in flows:
-            left = yield from _match_single([flow], cotangent, dim, rest)
-            yield from _components(tensor, dim, flow, left, cotangent)
-    else:
-        yield from _components(tensor, dim, flows[0], rest, cotangent)
-
-
-def _along(flows: Sequence[_Flow], sizes: Sequence[Tensor], cotangent: Tensor, dim: int) -> Tensor:
-    """[positions, everything]: how a reading moves when its sources take steps of the given sizes."""
-    # the same steps for all three sizes of a match
-    (moved,) = torch.autograd.grad(
-        [flow.slope for flow in flows],
-        cotangent,
-        [flow.steps(size) for flow, size in zip(flows, sizes, strict=True)],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    moved = torch.zeros_like(cotangent) if moved is None else moved
-    return moved.movedim(dim, 0).flatten(1)
-
-
-def _match_single(
-    flows: Sequence[_Flow], cotangent: Tensor, dim: int, among: Sequence[int]
-) -> Generator[tuple[list[int], list[Place]], None, list[int]]:
-    """Positions that come from one channel, by three directional derivatives; returns the others.
-
-    With the channel's number, and again a random number of its own, as the size of the step, the
-    ratio to unit steps names the one channel that a position depends on, or no channel.
-    """
-    counts = [flow.source.count for flow in flows]
-    count = sum(counts)
-    numbers = torch.arange(1, count + 1, dtype=cotangent.dtype)
-    marks = 1 + torch.rand(count, dtype=cotangent.dtype)
-    seed = int(torch.randint(2**31, ()))
-
-    def along(sizes: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # each time the same directions
-            return _along(flows, torch.split(sizes, counts), cotangent, dim)
-
-    plain, numbered, marked = (along(sizes) for sizes in (torch.ones_like(numbers), numbers, marks))
-    strongest = plain.abs().argmax(1, keepdim=True)
-    largest = float(plain.abs().max())
-    present = plain.abs() > NONE * largest
-    safe = torch.where(present, plain, torch.ones_like(plain))
-    number = (numbered / safe).gather(1, strongest)
-    nearest = number.round().clamp(1, count)
-    channel = nearest.long() - 1
-    of_one = (numbered - nearest * plain).abs() <= RELATIVE * count * plain.abs()
-    of_one &= (marked - marks[channel] * plain).abs() <= RELATIVE * plain.abs()
-    depends = present.any(1) | (numbered.abs() > NONE * count * largest).any(1)
-    single = (of_one | ~present).all(1) & present.any(1)
-    places = [flow.source.place(number) for flow in flows for number in range(flow.source.count)]
-    rest = []
-    for position in among:
-        if bool(depends[position] & single[position]):
-            yield [position], [places[int(channel[position])]]
-        elif bool(depends[position]):
-            rest.append(position)
-    return rest
-
-
-def _components(
-    tensor: Tensor, dim: int, flow: _Flow, positions: Sequence[int], cotangent: Tensor
-) -> Iterator[tuple[list[int], list[Place]]]:
-    """Positions that depend on several channels, each set with all the channels that meet in it."""
-    left, source = set(positions), flow.source
-    while left:
-        members, channels = {min(left)}, set[int]()
-        while True:
-            index = torch.tensor(sorted(members))
-            picked = torch.zeros_like(tensor)
-            picked.index_copy_(dim, index, torch.randn_like(tensor.detach().index_select(dim, index)))
-            (slope,) = torch.autograd.grad(tensor, source.values, picked, retain_graph=True)
-            found = set(_reaching(source, slope))
-            steps = torch.zeros(source.count, dtype=picked.dtype)
-            steps[sorted(found)] = 1 + torch.rand(len(found), dtype=picked.dtype)
-            moved = _along([flow], [steps], cotangent, dim).abs().amax(1)
-            reached = set(torch.nonzero(moved > NONE * moved.max()).flatten().tolist()) | members
-            if found == channels and reached == members:
-                break
-            members, channels = reached, found | channels
-        left -= members
-        yield sorted(members), [source.place(channel) for channel in sorted(channels)]

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from vbdcompress.attention import open_attention_
 from vbdcompress.errors import SlimError
 from vbdcompress.gather import GatherLinear
 from vbdcompress.surgery.weights import keeps_groups_apart, shares
@@ -25,12 +26,18 @@ class LayerCut:
         gather: positions that the layer picks from the input that it is given, where that stays
             wider than what it reads; None reads it as it comes.
         new_bias: a bias is added to a layer that had none, to hold constants of removed inputs.
+        opened: the module is attention, replaced by the same with its layers in the open.
+        attributes: new values of numbers that the module keeps beside its layers, such as num_heads.
+        parameters: own parameter -> (dimension, kept positions).
     """
 
     inputs: tuple[int, ...] | None = None
     outputs: tuple[int, ...] | None = None
     gather: tuple[int, ...] | None = None
     new_bias: bool = False
+    opened: bool = False
+    attributes: Mapping[str, int] | None = None
+    parameters: Mapping[str, tuple[int, tuple[int, ...]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class RemovalPlan:
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain JSON types; leaves out what is not cut."""
         return {
-            name: {key: value for key, value in asdict(cut).items() if value not in (None, False)}
+            name: {key: value for key, value in asdict(cut).items() if value and value != ()}
             for name, cut in self.cuts.items()
         }
 
@@ -59,6 +66,10 @@ def _read_cut(content: Mapping[str, Any]) -> LayerCut:
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
     }
+    if values.get("parameters"):
+        values["parameters"] = {
+            name: (dim, tuple(kept)) for name, (dim, kept) in values["parameters"].items()
+        }
     return LayerCut(**values)
 
 
@@ -68,6 +79,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
     Raises:
         SlimError: the plan names a layer, or a position, that the network does not have.
     """
+    open_attention_(model, {name for name, cut in plan.cuts.items() if cut.opened})
     for name, cut in plan.cuts.items():
         try:
             layer = model.get_submodule(name)
@@ -82,6 +94,12 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
 @torch.no_grad()
 def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
     """Cut one layer, in place, and keep its own record of its widths true."""
+    for name, value in (cut.attributes or {}).items():
+        setattr(layer, name, value)
+    for name, (dim, kept) in (cut.parameters or {}).items():
+        _select_(layer, name, dim, kept)
+    if cut.inputs is None and cut.outputs is None and not cut.new_bias:
+        return
     if isinstance(layer, nn.Linear):
         _cut_linear_(layer, cut)
     elif isinstance(layer, _ConvNd):

@@ -35,7 +35,7 @@ def find_groups(model: nn.Module, example: Tensor, *, features: bool = False, se
     """
     trial = _random_copy(model, seed)
     inputs = example.detach().cpu().double() if example.is_floating_point() else example.cpu()
-    scan = _leave_entangled(model, trace_groups(trial, inputs, features=features))
+    scan = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
     if not scan.removable:
         return scan
     for masks in (_random_masks(scan.removable, seed), _leading_masks(scan.removable)):
@@ -60,6 +60,9 @@ def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
             for parameter in own.values():
                 if id(parameter) in tied:
                     reason = f"'{member.layer}' shares a parameter: {', '.join(tied[id(parameter)])}"
+        for held in group.parameters:
+            if id(model.get_parameter(held.layer)) in tied:
+                reason = f"'{held.layer}' is a parameter under more than one name"
         groups.append(group.whole(reason) if reason and group.whole_because is None else group)
     return GroupScan(tuple(groups), scan.failure)
 

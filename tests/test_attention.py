@@ -1,0 +1,80 @@
+"""Opened attention is the original's function, to the last bits, with masks and padding."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+
+from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention_
+
+
+@torch.no_grad()
+def randomised(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    return module.double().eval()
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_first": True}, {}, {"kdim": 10, "vdim": 12}, {"bias": False}], ids=str
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_head_attention_equals_torchs(options: dict[str, Any], masked: bool, need_weights: bool) -> None:
+    original = randomised(nn.MultiheadAttention(16, 4, **options))
+    opened = nn.Sequential(original)
+    open_attention_(opened)
+    assert isinstance(opened[0], HeadAttention)
+    first = options.get("batch_first")
+    inputs = [torch.randn(3, 5, 16), torch.randn(3, 7, options.get("kdim", 16))]
+    inputs.append(torch.randn(3, 7, options.get("vdim", 16)))
+    inputs = [(x if first else x.transpose(0, 1)).double() for x in inputs]
+    masks: dict[str, Any] = {"need_weights": need_weights}
+    if masked:
+        masks["key_padding_mask"] = torch.arange(7) > torch.tensor([[6], [3], [5]])
+        masks["attn_mask"] = torch.rand(12, 5, 7) < 0.3
+        masks["attn_mask"][..., 0] = False  # or a position might see none
+    found, weights = opened[0](*inputs, **masks)
+    expected, expected_weights = original(*inputs, **masks)
+    assert_equal(found, expected)
+    assert (weights is None) is (expected_weights is None)
+    if weights is not None:
+        assert_equal(weights, expected_weights)
+
+
+def test_head_attention_takes_one_example_without_a_batch() -> None:
+    original = randomised(nn.MultiheadAttention(8, 2))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert_equal(HeadAttention(original)(x, x, x)[0], original(x, x, x)[0])
+
+
+@pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
+@pytest.mark.parametrize("shift", [[0, 0], [2, 2], [2, 0]], ids=str)
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (4, 12)], ids=str)
+def test_head_window_attention_equals_torchvisions(
+    kind: Any, shift: list[int], size: tuple[int, int]
+) -> None:
+    original = randomised(kind(12, [4, 4], shift, 3))
+    opened = nn.Sequential(original)
+    x = torch.randn(2, *size, 12, dtype=torch.float64)
+    expected = original(x)
+    open_attention_(opened)
+    assert isinstance(opened[0], HeadWindowAttention)
+    assert_equal(opened[0](x), expected)
+    assert list(opened[0].state_dict()) == list(original.state_dict())
+
+
+def test_attention_with_extras_is_left() -> None:
+    model = nn.Sequential(
+        nn.MultiheadAttention(8, 2, add_bias_kv=True), nn.MultiheadAttention(8, 2, add_zero_attn=True)
+    )
+    open_attention_(model)
+    assert all(type(module) is nn.MultiheadAttention for module in model)

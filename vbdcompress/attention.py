@@ -1,0 +1,228 @@
+"""Attention whose heads can go one by one: torch's and torchvision's own, with layers in the open.
+
+nn.MultiheadAttention and torchvision's windows read their weights without calling the layers that hold
+them, and take the size of a head from the width of the input. Here queries, keys, values and the
+output are Linear layers that are called, and a head's size stays when other heads go.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class HeadAttention(nn.Module):
+    """nn.MultiheadAttention, the same function and signature, with layers `q`, `k`, `v` and `out`."""
+
+    # nn.TransformerEncoderLayer looks at these before it takes a path past the layers
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.head_dim: int = original.head_dim
+        self.batch_first = original.batch_first
+        self.dropout = original.dropout
+        if original._qkv_same_embed_dim:
+            weights = original.in_proj_weight.detach().chunk(3)
+        else:
+            weights = tuple(getattr(original, f"{name}_proj_weight").detach() for name in "qkv")
+        biases: tuple[Tensor | None, ...] = (None, None, None)
+        if original.in_proj_bias is not None:
+            biases = original.in_proj_bias.detach().chunk(3)
+        self.q, self.k, self.v = (_linear(*pair) for pair in zip(weights, biases, strict=True))
+        out = original.out_proj
+        self.out = _linear(out.weight.detach(), None if out.bias is None else out.bias.detach())
+        self.train(original.training)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that are left."""
+        return self.q.weight.shape[0] // self.head_dim
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention."""
+        batched = query.dim() == 3
+        first = self.batch_first or not batched
+        parts = [layer(x) for layer, x in ((self.q, query), (self.k, key), (self.v, value))]
+        if not batched:
+            parts = [part[None] for part in parts]
+        q, k, v = (
+            (part if first else part.transpose(0, 1)).unflatten(-1, (-1, self.head_dim)) for part in parts
+        )
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        mask = self._mask(q, attn_mask, key_padding_mask)
+        weights = None
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            merged = F.dropout(weights, dropout, self.training) @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            merged = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        merged = merged.transpose(1, 2).flatten(2)
+        if not batched:
+            return self.out(merged[0]), None if weights is None else weights[0]
+        return self.out(merged if first else merged.transpose(0, 1)), weights
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[batch, positions, heads * head_dim] to [batch, heads, positions, head_dim]."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _mask(self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+        """What is added to the scores, broadcastable to [batch, heads, queries, keys]."""
+        masks = []
+        if attn_mask is not None:
+            added = _additive(attn_mask, q)
+            masks.append(added.view(len(q), -1, *added.shape[1:]) if added.dim() == 3 else added)
+        if padding is not None:
+            masks.append(_additive(padding, q).view(len(q), 1, 1, -1))
+        return sum(masks[1:], masks[0]) if masks else None
+
+
+class HeadWindowAttention(nn.Module):
+    """torchvision's shifted windows (Swin, both versions), the same function, its layers called.
+
+    Takes the original's layers, table and buffers under their own names.
+    """
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    relative_position_index: Tensor
+    relative_position_bias_table: Tensor
+    cpb_mlp: nn.Sequential
+    relative_coords_table: Tensor
+    logit_scale: Tensor
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.window_size, self.shift_size = list(original.window_size), list(original.shift_size)
+        self.attention_dropout, self.dropout = original.attention_dropout, original.dropout
+        self.head_dim = original.qkv.in_features // original.num_heads
+        self.is_cosine = type(original).__name__.endswith("V2")
+        self._parameters |= original._parameters
+        self._buffers |= original._buffers
+        self._modules |= original._modules
+        if self.is_cosine and original.qkv.bias is not None:  # the original does so at every call
+            width = original.qkv.in_features
+            with torch.no_grad():
+                original.qkv.bias[width : 2 * width].zero_()
+        self.train(original.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, height, width, channels] to the same."""
+        _, height, width, _ = x.shape
+        rows, columns = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        batch, padded_height, padded_width, _ = x.shape
+        sizes = (padded_height, padded_width)
+        shifts = [
+            0 if w >= size else s for w, s, size in zip(self.window_size, self.shift_size, sizes, strict=True)
+        ]
+        if any(shifts):
+            x = torch.roll(x, (-shifts[0], -shifts[1]), (1, 2))
+        windows = _to_windows(x, rows, columns)
+        qkv = self.qkv(windows).view(*windows.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.is_cosine:
+            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+            scores = scores * self.logit_scale.clamp(max=math.log(100.0)).exp()
+        else:
+            scores = q * self.head_dim**-0.5 @ k.transpose(-2, -1)
+        scores = scores + self._bias()
+        if any(shifts):
+            mask = _shift_mask(x, rows, columns, shifts)
+            of_image = scores.view(batch, -1, *scores.shape[1:])
+            scores = (of_image + mask[:, None]).flatten(0, 1)
+        weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        y = self.proj((weights @ v).transpose(1, 2).flatten(2))
+        y = F.dropout(y, self.dropout, self.training)
+        y = y.view(batch, padded_height // rows, padded_width // columns, rows, columns, -1)
+        y = y.transpose(2, 3).reshape(batch, padded_height, padded_width, -1)
+        if any(shifts):
+            y = torch.roll(y, (shifts[0], shifts[1]), (1, 2))
+        return y[:, :height, :width].contiguous()
+
+    def _bias(self) -> Tensor:
+        """[heads, positions, positions]: added to the scores of each window."""
+        positions = self.window_size[0] * self.window_size[1]
+        if self.is_cosine:
+            table: Tensor = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
+        else:
+            table = self.relative_position_bias_table
+        bias = table[self.relative_position_index].view(positions, positions, -1).permute(2, 0, 1)
+        return 16 * bias.sigmoid() if self.is_cosine else bias
+
+
+def _to_windows(x: Tensor, rows: int, columns: int) -> Tensor:
+    """[batch, height, width, channels] to [batch * windows, positions, channels]."""
+    batch, height, width, _ = x.shape
+    windows = x.reshape(batch, height // rows, rows, width // columns, columns, -1).transpose(2, 3)
+    return windows.flatten(0, 2).flatten(1, 2)
+
+
+def _shift_mask(x: Tensor, rows: int, columns: int, shifts: list[int]) -> Tensor:
+    """[windows, positions, positions]: -100 between positions that were no neighbours before the shift."""
+    marks = []
+    for size, window, shift in zip(x.shape[1:3], (rows, columns), shifts, strict=True):
+        place = torch.arange(size, device=x.device)
+        marks.append((place >= size - window).long() + (place >= size - shift).long())
+    regions = marks[0][:, None] * 3 + marks[1]
+    of_window = _to_windows(regions[None, :, :, None], rows, columns).squeeze(-1)
+    apart = of_window[:, None] != of_window[:, :, None]
+    return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, -100.0)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    return layer
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, -math.inf)
+
+
+Opened = HeadAttention | HeadWindowAttention
+
+
+def open_attention_(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Replace the attention that is known by its opened form, in place: the same function.
+
+    Args:
+        names: of the modules; None takes all. One that is opened already stays.
+    """
+    for name, module in list(model.named_modules()):
+        opened = _open(module) if name and (names is None or name in names) else None
+        if opened is not None:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, opened)
+
+
+def _open(module: nn.Module) -> nn.Module | None:
+    # by name: torchvision's models need not be imported for networks without them
+    known = f"{type(module).__module__}.{type(module).__name__}"
+    if isinstance(module, nn.MultiheadAttention) and type(module) is nn.MultiheadAttention:
+        plain = module.bias_k is None and not module.add_zero_attn
+        return HeadAttention(module) if plain else None
+    if known.startswith("torchvision.models.swin_transformer.ShiftedWindowAttention"):
+        return HeadWindowAttention(module)
+    return None

@@ -1,0 +1,199 @@
+"""Which channels a tensor's positions come from, decoded from directional derivatives."""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# ("writes", layer, channel of its output), ("reads", layer, position of its input), or
+# ("holds", "parameter:dimension", position along that dimension)
+Side = Literal["writes", "reads", "holds"]
+Place = tuple[Side, str, int]
+# A derivative below this share of the largest is none, in float64
+NONE = 1e-9
+RELATIVE = 1e-6
+
+
+@dataclass(frozen=True)
+class Source:
+    """A leaf: what a layer computed, or what one was given, from which the network is followed anew.
+
+    Attributes:
+        side, layer: "writes" for an output, "reads" for an input, "holds" for a parameter.
+        values: the leaf.
+        dim: its channel dimension; None where its channels are one place, for they stay together.
+        shares: (n, m) where each n channels stand for as many places that go together, m of them:
+            behind a convolution whose groups go whole.
+    """
+
+    side: Side
+    layer: str
+    values: Tensor
+    dim: int | None
+    shares: tuple[int, int] = (1, 1)
+
+    @property
+    def count(self) -> int:
+        """Number of its places."""
+        return 1 if self.dim is None else self.values.shape[self.dim]
+
+    def place(self, channel: int) -> Place:
+        """The place of one channel."""
+        here, there = self.shares
+        return self.side, self.layer, channel // here * there
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A source and its slope: the derivative of a reading, against a cotangent, by the source's values."""
+
+    source: Source
+    slope: Tensor
+
+    def steps(self, sizes: Tensor) -> Tensor:
+        """Random steps of all values, of a size for each place."""
+        step = torch.randn_like(self.source.values)
+        if self.source.dim is None:
+            return step * sizes
+        shape = [1] * step.dim()
+        shape[self.source.dim] = self.source.count
+        return step * sizes.view(shape)
+
+
+def reaching_channels(source: Source, slope: Tensor) -> list[int]:
+    if source.dim is None:
+        return [0] if bool(slope.detach().any()) else []
+    return _nonzero(slope.detach(), source.dim)
+
+
+def _nonzero(tensor: Tensor, dim: int) -> list[int]:
+    """Positions along a dimension at which a tensor of derivatives is not 0."""
+    sizes = tensor.abs().movedim(dim, 0).flatten(1).amax(1)
+    return torch.nonzero(sizes > NONE * sizes.max()).flatten().tolist()
+
+
+def match(
+    tensor: Tensor, dim: int, flows: Sequence[Flow], cotangent: Tensor
+) -> Iterator[tuple[list[int], list[Place]]]:
+    """(positions, places) of one reading.
+
+    First all sources at once: most positions come from one channel of one of them. What comes from
+    several, as in a sum, is looked at source by source, and then channel by channel.
+    """
+    if not flows:
+        return
+    rest = yield from _match_single(flows, cotangent, dim, range(tensor.shape[dim]))
+    if len(flows) > 1:
+        for flow in flows:
+            left = yield from _match_single([flow], cotangent, dim, rest)
+            yield from _components(tensor, dim, flow, left, cotangent)
+    else:
+        yield from _components(tensor, dim, flows[0], rest, cotangent)
+
+
+def match_parameter(
+    name: str, parameter: Tensor, slope: Tensor, cotangent: Tensor, dim: int
+) -> list[tuple[list[int], list[Place]]] | None:
+    """(positions, places) of a parameter, with an entry for each channel along a dimension; else None."""
+    for own in range(parameter.dim()):
+        if parameter.shape[own] > 1:
+            source = Source("holds", f"{name}:{own}", parameter, own)
+            matched, single = _drain(
+                _match_single([Flow(source, slope)], cotangent, dim, range(cotangent.shape[dim]))
+            )
+            if not single:
+                return matched
+    return None
+
+
+def _drain(
+    generator: Generator[tuple[list[int], list[Place]], None, list[int]],
+) -> tuple[list[tuple[list[int], list[Place]]], list[int]]:
+    """All that a generator yields, and what it returns."""
+    yielded = []
+    while True:
+        try:
+            yielded.append(next(generator))
+        except StopIteration as stop:
+            return yielded, stop.value
+
+
+def _along(flows: Sequence[Flow], sizes: Sequence[Tensor], cotangent: Tensor, dim: int) -> Tensor:
+    """[positions, everything]: how a reading moves when its sources take steps of the given sizes."""
+    # the same steps for all three sizes of a match
+    (moved,) = torch.autograd.grad(
+        [flow.slope for flow in flows],
+        cotangent,
+        [flow.steps(size) for flow, size in zip(flows, sizes, strict=True)],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    moved = torch.zeros_like(cotangent) if moved is None else moved
+    return moved.movedim(dim, 0).flatten(1)
+
+
+def _match_single(
+    flows: Sequence[Flow], cotangent: Tensor, dim: int, among: Sequence[int]
+) -> Generator[tuple[list[int], list[Place]], None, list[int]]:
+    """Positions that come from one channel, by three directional derivatives; returns the others.
+
+    With the channel's number, and again a random number of its own, as the size of the step, the
+    ratio to unit steps names the one channel that a position depends on, or no channel.
+    """
+    counts = [flow.source.count for flow in flows]
+    count = sum(counts)
+    numbers = torch.arange(1, count + 1, dtype=cotangent.dtype)
+    marks = 1 + torch.rand(count, dtype=cotangent.dtype)
+    seed = int(torch.randint(2**31, ()))
+
+    def along(sizes: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # each time the same directions
+            return _along(flows, torch.split(sizes, counts), cotangent, dim)
+
+    plain, numbered, marked = (along(sizes) for sizes in (torch.ones_like(numbers), numbers, marks))
+    strongest = plain.abs().argmax(1, keepdim=True)
+    largest = float(plain.abs().max())
+    present = plain.abs() > NONE * largest
+    safe = torch.where(present, plain, torch.ones_like(plain))
+    number = (numbered / safe).gather(1, strongest)
+    nearest = number.round().clamp(1, count)
+    channel = nearest.long() - 1
+    of_one = (numbered - nearest * plain).abs() <= RELATIVE * count * plain.abs()
+    of_one &= (marked - marks[channel] * plain).abs() <= RELATIVE * plain.abs()
+    depends = present.any(1) | (numbered.abs() > NONE * count * largest).any(1)
+    single = (of_one | ~present).all(1) & present.any(1)
+    places = [flow.source.place(number) for flow in flows for number in range(flow.source.count)]
+    rest = []
+    for position in among:
+        if bool(depends[position] & single[position]):
+            yield [position], [places[int(channel[position])]]
+        elif bool(depends[position]):
+            rest.append(position)
+    return rest
+
+
+def _components(
+    tensor: Tensor, dim: int, flow: Flow, positions: Sequence[int], cotangent: Tensor
+) -> Iterator[tuple[list[int], list[Place]]]:
+    """Positions that depend on several channels, each set with all the channels that meet in it."""
+    left, source = set(positions), flow.source
+    while left:
+        members, channels = {min(left)}, set[int]()
+        while True:
+            index = torch.tensor(sorted(members))
+            picked = torch.zeros_like(tensor)
+            picked.index_copy_(dim, index, torch.randn_like(tensor.detach().index_select(dim, index)))
+            (slope,) = torch.autograd.grad(tensor, source.values, picked, retain_graph=True)
+            found = set(reaching_channels(source, slope))
+            steps = torch.zeros(source.count, dtype=picked.dtype)
+            steps[sorted(found)] = 1 + torch.rand(len(found), dtype=picked.dtype)
+            moved = _along([flow], [steps], cotangent, dim).abs().amax(1)
+            reached = set(torch.nonzero(moved > NONE * moved.max()).flatten().tolist()) | members
+            if found == channels and reached == members:
+                break
+            members, channels = reached, found | channels
+        left -= members
+        yield sorted(members), [source.place(channel) for channel in sorted(channels)]
