@@ -125,3 +125,19 @@ def test_an_augmented_image_is_shown_to_the_teacher_as_it_is() -> None:
     assert [row.nll for row in rows] == pytest.approx([0.0, 0.0], abs=1e-6)
     assert len(seen) == 6
     assert not torch.equal(seen[0], seen[3])
+
+
+def test_a_teacher_is_asked_for_each_shift_where_these_are_fewer_than_the_epochs() -> None:
+    asked: list[int] = []
+
+    class Teacher(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            asked.append(len(input))
+            return input.flatten(1)[:, :3]
+
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    images = TensorBatches(torch.rand(20, 1, 4, 4), torch.arange(20) % 3, 10, augment="crop", pixels=1)
+    for epochs, calls in ((9, [20] * 9), (8, [10] * 16)):
+        asked.clear()
+        fit(student, images, FitConfig(epochs=epochs, device="cpu"), teacher=Teacher())
+        assert asked == calls

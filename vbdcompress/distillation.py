@@ -51,12 +51,15 @@ def teach(
 ) -> tuple[Loss, Any, nn.Module | None]:
     """Loss and batches with the teacher's outputs in them; the teacher too where it must be asked anew.
 
-    Inputs that never change are shown to it once; augmented ones, and a loader's, at every step.
+    It is asked once for each way in which an input may be shown, where these are fewer than the
+    epochs; else, and for a loader's inputs, at every step.
     """
     if teacher is None or config.distill_share == 0:
         return loss, batches, None
     teacher = copy.deepcopy(teacher).to(device).eval()
     distilled = DistillationLoss(loss, config.distill_share, config.temperature)
-    if isinstance(batches, TensorBatches) and batches.augment == "none":
-        return distilled, batches.taught(outputs_of(teacher, batches.inputs)), None
+    views = batches.views if isinstance(batches, TensorBatches) else None
+    if views is not None and views <= max(1, config.epochs):
+        outputs = [outputs_of(teacher, batches.view(number)) for number in range(views)]
+        return distilled, batches.taught(torch.stack(outputs)), None
     return distilled, batches, teacher

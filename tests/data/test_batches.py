@@ -164,10 +164,34 @@ def test_on_moves_the_set_and_keeps_the_order() -> None:
 def test_taught_batches_keep_each_output_with_its_input(shuffle: bool) -> None:
     inputs, labels = number(23)
     batches = (
-        TensorBatches(inputs, labels, 5, shuffle=shuffle).taught(10 * inputs).on(torch.device("cpu"), 0, 1)
+        TensorBatches(inputs, labels, 5, shuffle=shuffle)
+        .taught(10 * inputs[None])
+        .on(torch.device("cpu"), 0, 1)
     )
     for _ in range(2):
         for found, (label, output) in batches:
             assert torch.equal(output, 10 * found)
             assert torch.equal(found[:, 0].long(), label)
     assert sum(len(found) for found, _ in batches) == (20 if shuffle else 23)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("pixels", "views"), [(0, 1), (1, 9), (2, 25)])
+def test_shifted_images_come_with_what_the_teacher_says_of_that_shift(
+    shuffle: bool, pixels: int, views: int
+) -> None:
+    images = torch.rand(30, 2, 6, 6)
+    batches = TensorBatches(
+        images, torch.arange(30), 10, shuffle=shuffle, augment="crop", pixels=pixels, world_size=2, rank=1
+    )
+    assert batches.views == views
+    shown = torch.stack([batches.view(number) for number in range(views)])
+    assert len({tuple(view.flatten().tolist()) for view in shown}) == views
+    for found, (_, output) in batches.taught(10 * shown):
+        assert torch.equal(output, 10 * found)
+
+
+def test_mirrored_images_have_no_list_of_views() -> None:
+    images = torch.rand(4, 1, 4, 4)
+    assert TensorBatches(images, torch.arange(4), 2, augment="crop-flip").views is None
+    assert TensorBatches(images, torch.arange(4), 2).views == 1

@@ -33,7 +33,8 @@ class TensorBatches:
         pixels: largest shift in each direction, at most CROP_PADDING.
         seed: of the order and the augmentation.
         rank, world_size: this process among all.
-        outputs: [n, ...] what a teacher says of each input; batches are then (input, (label, output)).
+        outputs: [shifts, n, ...] what a teacher says of each input, shifted in every way that `views`
+            lists; batches are then (input, (label, output)).
         epoch: decides the order, with the seed.
     """
 
@@ -70,8 +71,22 @@ class TensorBatches:
             self, inputs=inputs, labels=labels, outputs=outputs, rank=rank, world_size=world_size, epoch=0
         )
 
+    @property
+    def views(self) -> int | None:
+        """In how many ways an input may be shown; None where images are mirrored, too."""
+        known = {"none": 1, "crop": (2 * self.pixels + 1) ** 2}
+        return known.get(self.augment)
+
+    def view(self, number: int) -> Tensor:
+        """[n, ...]: all inputs, shown in one way of `views`."""
+        if self.augment == "none":
+            return self.inputs
+        top, left = divmod(number, 2 * self.pixels + 1)
+        shifts = torch.tensor([top, left], device=self.labels.device) + CROP_PADDING - self.pixels
+        return _augment_images(self.inputs, shifts[:, None, None].expand(2, len(self.inputs), 1), None)
+
     def taught(self, outputs: Tensor) -> "TensorBatches":
-        """The same set with a teacher's outputs, [n, ...], beside the labels."""
+        """The same set with a teacher's outputs for each view, [views, n, ...], beside the labels."""
         return replace(self, outputs=outputs)
 
     def __len__(self) -> int:
@@ -91,6 +106,7 @@ class TensorBatches:
             where = slice(start + share.start, start + share.stop)
             chosen = where if order is None else order[where]
             inputs = self.inputs[chosen]
+            view: Tensor | int = 0
             if self.augment != "none":
                 # drawn for the whole batch, so that no two processes repeat each other's draws
                 largest = CROP_PADDING + self.pixels
@@ -101,8 +117,14 @@ class TensorBatches:
                 inputs = _augment_images(
                     inputs, shifts[:, share], mirrored[share] if self.augment == "crop-flip" else None
                 )
+                top, left = shifts[:, share].squeeze(-1) - CROP_PADDING + self.pixels
+                view = top * (2 * self.pixels + 1) + left
             labels = self.labels[chosen]
-            yield inputs, (labels if self.outputs is None else (labels, self.outputs[chosen]))
+            if self.outputs is None:
+                yield inputs, labels
+            else:
+                rows = torch.arange(self.num_examples, device=device)[where] if order is None else chosen
+                yield inputs, (labels, self.outputs[view, rows])
 
 
 def _augment_images(images: Tensor, shifts: Tensor, mirrored: Tensor | None) -> Tensor:

@@ -183,11 +183,12 @@ class _Ties:
         """What a layer, or the network's output, is given."""
         for positions, places in reading.positions:
             for position in positions:
-                for place in places:
-                    self.tie(("reads", reading.layer, position), place)
-                    if place[0] == "holds":
-                        name, _, dim = place[1].rpartition(":")
-                        self.parameters[name, int(dim)] = None
+                self.tie(("reads", reading.layer, position), places[0])
+            for place in places:
+                self.tie(place, places[0])
+                if place[0] == "holds":
+                    name, _, dim = place[1].rpartition(":")
+                    self.parameters[name, int(dim)] = None
         reason = None
         if reading.role == "opaque":
             reason = _why_opaque(model.get_submodule(reading.layer)) if reading.layer else _OUTPUT

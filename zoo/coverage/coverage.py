@@ -1,0 +1,56 @@
+"""Try every network of the coverage table in both modes, and torch-pruning alone beside them.
+
+    python zoo/coverage/coverage.py                        # what has no result yet
+    python zoo/coverage/coverage.py torchvision:resnet18 --mode channels --again
+
+Each row is a process of its own; a result is a file in zoo/coverage/results. When they are there:
+`python zoo/coverage/write_page.py`.
+"""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import click
+import torch
+from check import check, check_torch_pruning
+from networks import NETWORKS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODES = ("channels", "weights", "torch-pruning")
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice(list(NETWORKS)))
+@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this one.")
+@click.option("--again", is_flag=True, help="Also where there is a result.")
+@click.option("--here", is_flag=True, hidden=True, help="In this process: what each row's process is told.")
+def main(names: tuple[str, ...], modes: tuple[str, ...], again: bool, here: bool) -> None:
+    """Run what has no result yet."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in names or NETWORKS:
+        for mode in modes or MODES:
+            path = RESULTS / f"{name.replace(':', '-')}-{mode}.json"
+            if here:
+                path.write_text(json.dumps(_row(name, mode), indent=1) + "\n", encoding="utf-8")
+            elif again or not path.exists():
+                command = [sys.executable, __file__, name, "--mode", mode, "--here"]
+                ended = subprocess.run(command, check=False, capture_output=True, text=True)
+                if ended.returncode:
+                    told = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
+                    row = {"network": name, "mode": mode, "failed": told[0]}
+                    path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+                row = json.loads(path.read_text(encoding="utf-8"))
+                click.echo(f"{name} {mode}: {row.get('failed') or row.get('difference', 'ok')}")
+
+
+def _row(name: str, mode: str) -> dict[str, object]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    return check_torch_pruning(NETWORKS[name]) if mode == "torch-pruning" else check(NETWORKS[name], mode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The networks of the coverage table, built with random weights at small input sizes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of the table.
+
+    Attributes:
+        name: "library:model".
+        size: height and width of its input.
+        options: of its builder.
+    """
+
+    name: str
+    size: int = 64
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network with the weights that its library draws, in eval mode."""
+        library, _, model = self.name.partition(":")
+        return _BUILDERS[library](model, **self.options).eval()
+
+
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    import torchvision
+
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return model
+
+
+def _timm(name: str, **options: Any) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    return model
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+
+# One of each family first, then its larger siblings
+_TORCHVISION = """
+alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t
+mnasnet1_0 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50
+resnext50_32x4d shufflenet_v2_x1_0 squeezenet1_0 swin_t swin_v2_t vgg11 vgg11_bn vit_b_16
+wide_resnet50_2
+resnet34 resnet101 resnet152 mobilenet_v3_large mnasnet0_5 mnasnet0_75 mnasnet1_3 shufflenet_v2_x0_5
+shufflenet_v2_x1_5 shufflenet_v2_x2_0 squeezenet1_1 regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf
+regnet_x_8gf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf densenet161 densenet169
+densenet201 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5
+efficientnet_b6 efficientnet_b7 efficientnet_v2_m efficientnet_v2_l convnext_small convnext_base
+swin_s swin_b swin_v2_s swin_v2_b vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn vit_b_32
+wide_resnet101_2 resnext101_32x8d resnext101_64x4d regnet_x_16gf regnet_x_32gf regnet_y_16gf
+regnet_y_32gf convnext_large vit_l_16 vit_l_32 vit_h_14 regnet_y_128gf
+""".split()
+_TIMM = """
+convnext_atto mobilenetv3_small_050 efficientnet_lite0 resnetv2_50 swin_tiny_patch4_window7_224
+deit_tiny_patch16_224 mixer_s32_224 repvgg_a0 densenet121 regnetx_002 maxvit_rmlp_pico_rw_256
+edgenext_xx_small
+""".split()
+_SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "init_weights": False},
+    "vit_h_14": {"image_size": 56},
+    **{name: {"image_size": 64} for name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")},
+    "swin_tiny_patch4_window7_224": {"img_size": 56},
+    "deit_tiny_patch16_224": {"img_size": 64},
+    "mixer_s32_224": {"img_size": 64},
+    "maxvit_rmlp_pico_rw_256": {"img_size": 64},
+}
+_SIZES |= {name: options["img_size"] for name, options in _OPTIONS.items() if "img_size" in options}
+
+NETWORKS = {
+    network.name: network
+    for library, names in (("torchvision", _TORCHVISION), ("timm", _TIMM))
+    for network in (
+        Network(f"{library}:{name}", _SIZES.get(name, 64), _OPTIONS.get(name, {})) for name in names
+    )
+}
+
+
+@torch.no_grad()
+def randomise_(model: nn.Module, seed: int = 0) -> None:
+    """Statistics, scales and shifts far from the 0 and 1 that they start at, in place."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(getattr(module, "running_var", None), torch.Tensor):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    for parameter in model.parameters():
+        if parameter.dim() <= 1:
+            parameter.uniform_(0.5, 1.5)
+        elif not bool(parameter.any()):
+            parameter.normal_(0, 0.02)
