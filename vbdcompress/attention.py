@@ -88,9 +88,9 @@ class HeadAttention(nn.Module):
         masks = []
         if attn_mask is not None:
             added = _additive(attn_mask, q)
-            masks.append(added.view(len(q), -1, *added.shape[1:]) if added.dim() == 3 else added)
+            masks.append(added.view(q.shape[0], -1, *added.shape[1:]) if added.dim() == 3 else added)
         if padding is not None:
-            masks.append(_additive(padding, q).view(len(q), 1, 1, -1))
+            masks.append(_additive(padding, q).view(q.shape[0], 1, 1, -1))
         return sum(masks[1:], masks[0]) if masks else None
 
 

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 
 from vbdcompress.attention import open_attention_
 from vbdcompress.errors import ConvertError
-from vbdcompress.evaluation import device_of
+from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.gating import Cost, channel_costs, convert_channels_, fold_gate_
+from vbdcompress.inputs import Inputs, call, map_tensors, shapes_of
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan
 from vbdcompress.surgery.verify import find_groups
@@ -44,7 +45,7 @@ class Converted:
     mode: str
     table: tuple[LayerRow, ...]
     scan: GroupScan
-    example: Tensor
+    example: Inputs
 
     def undo(self) -> nn.Module:
         """A plain network again, a copy: the exact original where nothing was trained since."""
@@ -68,7 +69,7 @@ class Converted:
 
 def convert(
     model: nn.Module,
-    example: Tensor,
+    example: Inputs,
     mode: Literal["weights", "channels"] = "channels",
     *,
     skip: Sequence[str] = (),
@@ -80,7 +81,7 @@ def convert(
 
     Args:
         model: any nn.Module.
-        example: a batch of inputs that it takes.
+        example: a batch of what it takes: a tensor, a tuple of them, or a dict of them by name.
         mode: "weights": a posterior on each weight. "channels": a gate on each channel, at the
             inputs of the layers that read it.
         skip: names of layers to leave; a name covers all below it.
@@ -103,7 +104,7 @@ def convert(
             f"the network can't be copied: {error}",
             "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations.",
         ) from error
-    example = example.detach().cpu()
+    example = map_tensors(example, lambda tensor: tensor.detach().cpu())
     if mode == "channels":
         open_attention_(converted)
     scan = find_groups(converted, example, features=prune_inputs)
@@ -124,7 +125,7 @@ def convert(
     return Converted(converted, mode, rows, scan, example)
 
 
-def check_model(model: nn.Module, example: Tensor) -> set[str]:
+def check_model(model: nn.Module, example: Inputs) -> set[str]:
     """Run a network on the example in eval mode; the names of the modules that were called.
 
     Raises:
@@ -156,11 +157,11 @@ def check_model(model: nn.Module, example: Tensor) -> set[str]:
     ]
     try:
         with torch.no_grad():
-            model(example.to(device_of(model)))
+            call(model, to_device(example, device_of(model)))
     except TRACE_ERRORS as error:
         raise ConvertError(
             "convert",
-            f"the network fails on a batch of shape {tuple(example.shape)}: {type(error).__name__}: {error}",
+            f"the network fails on a batch of shape {_shapes(example)}: {type(error).__name__}: {error}",
             "Check the input's shape, and --data or --image-size.",
         ) from error
     finally:
@@ -168,6 +169,10 @@ def check_model(model: nn.Module, example: Tensor) -> set[str]:
             hook.remove()
         model.train(was_training)
     return called
+
+
+def _shapes(example: Inputs) -> str:
+    return ", ".join(map(str, shapes_of(example)))
 
 
 def _convert_weights_(

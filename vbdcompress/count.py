@@ -4,17 +4,18 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from vbdcompress.evaluation import device_of
+from vbdcompress.evaluation import device_of, to_device
+from vbdcompress.inputs import Inputs, batch_size, call
 from vbdcompress.records import LayerSize, Size
 
 FLOAT_BYTES = 4
 
 
-def measure_size(model: nn.Module, example: Tensor, graph_bytes: int = 0) -> Size:
+def measure_size(model: nn.Module, example: Inputs, graph_bytes: int = 0) -> Size:
     """Size of a plain network.
 
     Args:
@@ -28,7 +29,7 @@ def measure_size(model: nn.Module, example: Tensor, graph_bytes: int = 0) -> Siz
     return Size(count, nonzeros, macs, FLOAT_BYTES * count + graph_bytes)
 
 
-def layer_sizes(model: nn.Module, example: Tensor) -> tuple[LayerSize, ...]:
+def layer_sizes(model: nn.Module, example: Inputs) -> tuple[LayerSize, ...]:
     """Each layer that owns parameters; MACs of one example."""
     macs = _count_macs(model, example)
     rows = []
@@ -41,15 +42,15 @@ def layer_sizes(model: nn.Module, example: Tensor) -> tuple[LayerSize, ...]:
     return tuple(rows)
 
 
-def _count_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
+def _count_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
     """Innermost module -> MACs of one example: half the FLOPs that torch counts."""
     counter = _ByModule(model)
     was_training = model.training
     model.eval()
     with torch.no_grad(), counter.hooks(), counter.mode:
-        model(example.to(device_of(model)))
+        call(model, to_device(example, device_of(model)))
     model.train(was_training)
-    batch = len(example)
+    batch = batch_size(example)
     return {name: flops // (2 * batch) for name, flops in counter.flops.items()}
 
 
@@ -109,7 +110,7 @@ class _OpNames(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def uncounted_ops(model: nn.Module, example: Tensor) -> tuple[str, ...]:
+def uncounted_ops(model: nn.Module, example: Inputs) -> tuple[str, ...]:
     """Names of the operations in one forward pass whose MACs are not counted, sorted.
 
     Pointwise operations and views are not named: they have no multiply-accumulates to speak of.
@@ -117,7 +118,7 @@ def uncounted_ops(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     was_training = model.training
     model.eval()
     with torch.no_grad(), _OpNames() as seen:
-        model(example.to(device_of(model)))
+        call(model, to_device(example, device_of(model)))
     model.train(was_training)
     return tuple(sorted(seen.names - _DATA_MOVES))
 

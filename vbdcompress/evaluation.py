@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbdcompress.errors import DataError
+from vbdcompress.inputs import call, map_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 Metric = Callable[[Any, Any], Tensor]
@@ -29,15 +30,10 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None
     Args:
         dtype: of floating point tensors; None leaves them as they are.
     """
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its items one by one
-        return type(value)(*(to_device(item, device, dtype) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device, dtype) for item in value)
-    return value
+    return map_tensors(
+        value,
+        lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True),
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -61,7 +57,7 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for inputs, target in batches:
-        errors = metric(model(to_device(inputs, device)), to_device(target, device))
+        errors = metric(call(model, to_device(inputs, device)), to_device(target, device))
         total += errors.double().sum()
         count += errors.numel()
     model.train(was_training)

@@ -53,7 +53,7 @@ def fit(
 
     Args:
         model: a converted network (`convert(...).model`), or a plain one: then KL is 0.
-        loader: yields (input, target) batches, once an epoch.
+        loader: yields (inputs, target) batches, once an epoch; inputs as `compress` takes them.
         config: rates, epochs, prior, device, precision, processes.
         validation: the error on it is measured after each epoch, masked at `threshold`.
         loss: (output, target) -> scalar mean NLL in nats.

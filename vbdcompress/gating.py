@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from vbdcompress.count import layer_sizes
 from vbdcompress.evaluation import device_of
 from vbdcompress.gather import GatherLinear
+from vbdcompress.inputs import Inputs
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.weights import Mixing, keeps_groups_apart, scale_inputs_
@@ -26,7 +27,7 @@ _SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
 
 
 def channel_costs(
-    model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup], cost: Cost
+    model: nn.Module, example: Inputs, groups: Sequence[ChannelGroup], cost: Cost
 ) -> dict[str, float]:
     """Group -> what one of its channels saves in the original network, over the mean of all gates."""
     layers = {row.name: row for row in layer_sizes(model, example)}

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import check_model
 from vbdcompress.count import FLOAT_BYTES, measure_size
-from vbdcompress.data import count_examples, split_loader
+from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric
 from vbdcompress.errors import ConfigError
-from vbdcompress.evaluation import Loss, Metric, cross_entropy, top1_error
+from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_error
 from vbdcompress.exporting.export import export
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
+from vbdcompress.inputs import Inputs, example_shape, first
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report, with_export
@@ -59,7 +60,7 @@ class Result:
     original: nn.Module
     scratch: Scratch
     plans: tuple[RemovalPlan, ...]
-    samples: Tensor
+    samples: Inputs
     origin: Origin
     sources: Sources
     is_main: bool
@@ -103,6 +104,7 @@ def compress(
     loss: Loss = cross_entropy,
     metric: Metric = top1_error,
     input: InputSpec | None = None,
+    unpack: Unpack | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
     listener: Listener | None = None,
@@ -113,12 +115,15 @@ def compress(
 
     Args:
         model: any trained nn.Module; left as it was.
-        loader: training batches (input, target), once an epoch.
+        loader: training batches (inputs, target), once an epoch; inputs are a tensor, a tuple of
+            tensors (model(*inputs)) or a dict of them (model(**inputs)); (inputs,) where the network
+            takes a tuple or dict as its one argument.
         validation: batches that the network was not trained on; None splits some off the loader.
         test: batches that are only read at the end.
         loss: (output, target) -> scalar mean NLL in nats.
         metric: (output, target) -> [batch] errors in [0, 1].
         input: normalisation of the inputs, to pass on in the report.
+        unpack: batch -> (inputs, target), where a loader's batches are not such pairs.
         checkpoints: folder to keep training state in; with resume, a run that was cut off goes on.
         listener: told of steps and epochs.
         verbose: show progress and a line for each epoch in the terminal, where no listener is given.
@@ -141,6 +146,9 @@ def compress(
     held_out = None if validation is None else True
     if validation is None:
         loader, validation = split_loader(loader, config.validation_fraction, config.seed)
+    if unpack is not None:
+        loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
+        test = None if test is None else Unpacked(test, unpack)
     samples = first_inputs(loader)
     record = DataRecord(
         None,
@@ -150,7 +158,7 @@ def compress(
         None if test is None else count_examples(test),
         held_out,
     )
-    sources = Sources(loader, validation, test, record, input or InputSpec(tuple(samples.shape[1:])))
+    sources = Sources(loader, validation, test, record, input or InputSpec(example_shape(samples)))
     folder = None if checkpoints is None else Path(checkpoints)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,10 +195,10 @@ def _run_stages(
 ) -> Result:
     started = time.perf_counter()
     original = copy.deepcopy(model).cpu().eval()
-    samples = first_inputs(sources.train)[:SAMPLES].cpu()
-    check_model(original, samples[:2])
+    samples = to_device(first(first_inputs(sources.train), SAMPLES), torch.device("cpu"))
+    check_model(original, first(samples, 2))
     if judge.loss is cross_entropy:
-        check_labels(original, samples[:2], sources)
+        check_labels(original, first(samples, 2), sources)
     if fabric.is_global_zero:
         workplace.claim(identify_run(original, sources.record, config, samples))
     fabric.barrier()
@@ -220,13 +228,13 @@ def _run_stages(
         seconds=time.perf_counter() - started,
         device=str(fabric.device),
     )
-    after = measure_size(current, samples[:2], before.bytes - FLOAT_BYTES * before.parameters)
-    content = report(original, current, samples[:2], (before, after), context)
+    after = measure_size(current, first(samples, 2), before.bytes - FLOAT_BYTES * before.parameters)
+    content = report(original, current, first(samples, 2), (before, after), context)
     main = fabric.is_global_zero
     return Result(current, content, original, scratch, tuple(plans), samples, origin, sources, main)
 
 
-def _original_size(model: nn.Module, path: Path, samples: Tensor, input_name: str) -> Size:
+def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:
     """Size of the network that came in; its bytes are those of its own ONNX file."""
     check = export_onnx(model, path, samples, input_name=input_name)
-    return replace(measure_size(model, samples[:2]), bytes=check.bytes)
+    return replace(measure_size(model, first(samples, 2)), bytes=check.bytes)

@@ -14,6 +14,7 @@ from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
+from vbdcompress.inputs import Inputs, call, map_tensors
 from vbdcompress.records import CurvePoint, GroupRow, Selection, Size
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
@@ -82,20 +83,24 @@ def slim(converted: Converted, threshold: float | None = None) -> Slim:
     return Slim(model.eval(), plan, rows, chosen)
 
 
-def _probes(example: Tensor, seed: int) -> Tensor:
+def _probes(example: Inputs, seed: int) -> Inputs:
     """The example and, where inputs are numbers, noise at its scale and far beyond; float64."""
-    if not example.is_floating_point():
-        return example
-    real = example.double()
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((2, *real.shape), generator=generator, dtype=torch.float64)
-    scale = real.std() if real.numel() > 1 else torch.ones(())
-    return torch.cat([real, real.mean() + scale * noise[0], 5 * scale * noise[1]])
+
+    def widen(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or bool(((tensor == 0) | (tensor == 1)).all()):
+            return torch.cat([tensor] * 3)  # names of tokens, or a mask
+        real = tensor.double()
+        noise = torch.randn((2, *real.shape), generator=generator, dtype=torch.float64)
+        scale = real.std() if real.numel() > 1 else torch.ones(())
+        return torch.cat([real, real.mean() + scale * noise[0], 5 * scale * noise[1]])
+
+    return map_tensors(example, widen)
 
 
 @torch.no_grad()
-def _difference(one: nn.Module, other: nn.Module, inputs: Tensor) -> float:
-    return relative_difference(flatten_output(one(inputs)), flatten_output(other(inputs)))
+def _difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    return relative_difference(flatten_output(call(one, inputs)), flatten_output(call(other, inputs)))
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -139,7 +144,7 @@ def reestimate_batch_norm_(
     for number, (inputs, _) in enumerate(loader):
         if number == batches:
             break
-        model(to_device(inputs, device))
+        call(model, to_device(inputs, device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import DataError
+from vbdcompress.inputs import Inputs, call, tensors_of
 from vbdcompress.records import InputSpec
 from vbdcompress.reporting.build import DataRecord
 
@@ -49,27 +50,34 @@ def warnings_of(sources: Sources) -> list[str]:
     return messages
 
 
-def first_inputs(loader: Iterable[Any]) -> Tensor:
-    """The inputs of the first batch. Raises DataError where there is none, or it is not (tensor, labels)."""
+def first_inputs(loader: Iterable[Any]) -> Inputs:
+    """The inputs of the first batch. Raises DataError where there is none, or it is not (inputs, target)."""
     batch = next(iter(loader), None)
     if batch is None:
         raise DataError("loader", "is empty: it yields no batch.")
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not tensors_of(batch[0]):
         raise DataError(
             "loader",
-            f"yields {type(batch).__name__}s, allowed are pairs of an input tensor and targets.",
-            "Wrap it in a generator that yields (input, target).",
+            f"yields {_describe(batch)}, allowed are pairs of inputs (a tensor, a tuple or a dict of "
+            "tensors) and targets.",
+            "From Python, say what is what: compress(..., unpack=lambda batch: (inputs, target))",
         )
-    inputs: Tensor = batch[0]
-    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
-        raise DataError("loader", "the first batch holds NaN or infinite values.")
+    inputs: Inputs = batch[0]
+    for tensor in tensors_of(inputs):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise DataError("loader", "the first batch holds NaN or infinite values.")
     return inputs
 
 
-def check_labels(model: nn.Module, samples: Tensor, sources: Sources) -> None:
+def _describe(batch: Any) -> str:
+    kind = type(batch).__name__
+    return f"{kind}s of {len(batch)}" if isinstance(batch, tuple | list | dict) else f"{kind}s"
+
+
+def check_labels(model: nn.Module, samples: Inputs, sources: Sources) -> None:
     """Raise DataError where a label has no logit. Only for sets in memory: others show it as they go."""
     with torch.no_grad():
-        output = model(samples)
+        output = call(model, samples)
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise DataError(
             "network",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
@@ -14,6 +14,7 @@ from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, t
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
 from vbdcompress.fitting import fit
+from vbdcompress.inputs import Inputs, first
 from vbdcompress.optimization import default_beta
 from vbdcompress.records import CurvePoint, EpochRow, Selection, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
@@ -90,7 +91,7 @@ class StageRunner:
     def stage(
         self,
         model: nn.Module,
-        samples: Tensor,
+        samples: Inputs,
         number: int,
         baseline: float,
     ) -> tuple[nn.Module, RemovalPlan, StageRecord]:
@@ -100,7 +101,7 @@ class StageRunner:
         assert mode != "both"  # a round is of one kind
         converted = convert(
             model,
-            samples[:2],
+            first(samples, 2),
             mode,
             skip=config.skip,
             prune_inputs=config.prune_inputs,
@@ -150,7 +151,7 @@ class StageRunner:
         return {"share": self.config.distill_share, "temperature": self.config.temperature}
 
     def _choose(
-        self, converted: Converted, curve: Sequence[CurvePoint], number: int, baseline: float, samples: Tensor
+        self, converted: Converted, curve: Sequence[CurvePoint], number: int, baseline: float, samples: Inputs
     ) -> tuple[tuple[CurvePoint, ...], Selection, Slim]:
         """The point that the budget asks for, where bytes are bounded with the bytes of its real file.
 

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vbdcompress.config import FitConfig
+from vbdcompress.data.loaders import set_epoch
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import to_device
+from vbdcompress.inputs import batch_size, call
 from vbdcompress.optimization import default_beta
 from vbdcompress.records import EpochRow
 from vbdcompress.vbd.elbo import beta_at
@@ -78,7 +79,7 @@ class EpochRunner:
         fabric, config = self.fabric, self.config
         # Of (seed, epoch, rank) alone, so that a resumed fit draws what an unbroken one would
         torch.manual_seed((config.seed * 1_000_003 + epoch) * 4096 + fabric.global_rank)
-        _set_epoch(self.batches, epoch)
+        set_epoch(self.batches, epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * self.rate(epoch)
         beta = torch.tensor(self.beta(epoch), device=fabric.device)
@@ -106,8 +107,8 @@ class EpochRunner:
             inputs, target = to_device(batch[0], device), to_device(batch[1], device)
             if self.teacher is not None:
                 with torch.no_grad(), self.fabric.autocast():
-                    target = (target, self.teacher(inputs))
-            yield inputs, target, len(target[0] if isinstance(target, tuple) else target)
+                    target = (target, call(self.teacher, inputs))
+            yield inputs, target, batch_size(inputs)
 
     def step(self, inputs: Any, target: Any, beta: Tensor) -> Tensor:
         """One update; returns [2], detached NLL and KL."""
@@ -128,16 +129,6 @@ class EpochRunner:
             for weight, kept in self.kept:
                 weight.mul_(kept)
         return torch.stack((terms.nll.detach(), terms.kl.detach()))
-
-
-def _set_epoch(batches: Any, epoch: int) -> None:
-    """Tell whatever decides the order of the examples which epoch it is."""
-    parts: list[Any] = [batches]
-    if isinstance(batches, DataLoader):
-        parts = [batches.sampler, batches.batch_sampler]
-    for part in parts:
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
 
 
 def _count_steps(batches: Any) -> int | None:

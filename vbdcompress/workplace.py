@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.config import RunConfig
 from vbdcompress.errors import FitError
 from vbdcompress.files import write_text
+from vbdcompress.inputs import Inputs, example_shape
 from vbdcompress.reporting.build import DataRecord
 from vbdcompress.training import Listener
 
@@ -26,7 +27,7 @@ AFTER_THE_FIT = {
 }
 
 
-def identify_run(model: nn.Module, record: DataRecord, config: RunConfig, samples: Tensor) -> dict[str, Any]:
+def identify_run(model: nn.Module, record: DataRecord, config: RunConfig, samples: Inputs) -> dict[str, Any]:
     """What makes a run this run: its network, its data and its options but for the machine's."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -35,7 +36,7 @@ def identify_run(model: nn.Module, record: DataRecord, config: RunConfig, sample
     options = config.model_dump(mode="json", exclude={"device", "devices", "precision"})
     return {
         "network": digest.hexdigest()[:16],
-        "data": [record.name, record.train, record.validation, list(samples.shape[1:])],
+        "data": [record.name, record.train, record.validation, list(example_shape(samples))],
         **options,
     }
 

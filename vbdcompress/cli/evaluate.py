@@ -117,6 +117,6 @@ def _open_onnx(file: Path) -> _Network:
         spec = InputSpec.from_json(content["input"])
 
     def run(inputs: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(run_session(session, inputs.numpy())[0])
+        return torch.from_numpy(run_session(session, inputs)[0])
 
     return _Network(name, spec, split, run)

@@ -1,6 +1,6 @@
 """The user's own loader: any iterable that yields (input, label) batches, once an epoch."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -14,6 +14,45 @@ from torch.utils.data import (
 
 from vbdcompress.data.batches import TensorBatches
 from vbdcompress.errors import DataError
+from vbdcompress.inputs import tensors_of
+
+Unpack = Callable[[Any], tuple[Any, Any]]
+
+
+class Unpacked:
+    """A loader whose batches are turned into (inputs, target) on the way.
+
+    Args:
+        loader: of the user's own kind of batches.
+        unpack: batch -> (inputs, target).
+    """
+
+    def __init__(self, loader: Iterable[Any], unpack: Unpack) -> None:
+        check_repeatable(loader)
+        self.loader, self.unpack = loader, unpack
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch in self.loader:
+            yield self.unpack(batch)
+
+    def __len__(self) -> int:
+        if not isinstance(self.loader, Sized):
+            raise TypeError(f"a {type(self.loader).__name__} has no length")
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the loader which epoch it is, where it asks."""
+        set_epoch(self.loader, epoch)
+
+
+def set_epoch(batches: Any, epoch: int) -> None:
+    """Tell whatever decides the order of the examples which epoch it is."""
+    parts: list[Any] = [batches]
+    if isinstance(batches, DataLoader):
+        parts = [batches.sampler, batches.batch_sampler]
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
 
 
 def check_repeatable(loader: Iterable[Any] | None) -> None:
@@ -38,10 +77,16 @@ def count_examples(loader: Iterable[Any]) -> int:
     elif isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size:
         count = len(loader.sampler)
     else:
-        count = sum(len(batch[1]) for batch in loader)
+        count = sum(_targets(batch) for batch in loader)
     if count == 0:
         raise DataError("loader", "is empty: it yields no batch.")
     return count
+
+
+def _targets(batch: Any) -> int:
+    """Examples in a batch: (inputs, target), targets of any nesting."""
+    tensors = tensors_of(batch[1])
+    return len(tensors[0]) if tensors else len(batch[1])
 
 
 def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, save_slim
+from vbdcompress.inputs import Inputs, example_shape
 from vbdcompress.records import ExportCheck, InputSpec
 from vbdcompress.surgery.slice import RemovalPlan
 
@@ -15,7 +16,7 @@ from vbdcompress.surgery.slice import RemovalPlan
 def export(
     model: nn.Module,
     folder: str | Path,
-    samples: Tensor,
+    samples: Inputs,
     plans: Sequence[RemovalPlan] = (),
     *,
     architecture: str | None = None,
@@ -40,7 +41,7 @@ def export(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    spec = input or InputSpec(tuple(samples.shape[1:]))
+    spec = input or InputSpec(example_shape(samples))
     check = export_onnx(model, folder / "model.onnx", samples, input_name=spec.name)
     header = SlimFile(
         tuple(plans),

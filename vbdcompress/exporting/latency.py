@@ -5,10 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
-
 from vbdcompress.exporting.onnx_file import open_session, run_session
+from vbdcompress.inputs import Inputs, resize
 from vbdcompress.records import Latency
 
 SECONDS_A_BATCH_SIZE = 2.0
@@ -16,7 +14,7 @@ MIN_CALLS, MAX_CALLS = 20, 500
 
 
 def measure_latency(
-    original: Path, slim: Path, samples: Tensor, batch_sizes: Sequence[int] = (1, 64)
+    original: Path, slim: Path, samples: Inputs, batch_sizes: Sequence[int] = (1, 64)
 ) -> tuple[Latency, ...]:
     """Median milliseconds of one call of each file, A B A B in one run.
 
@@ -28,7 +26,7 @@ def measure_latency(
     sessions = [open_session(original), open_session(slim)]
     rows = []
     for size in batch_sizes:
-        batch = np.resize(samples.cpu().numpy(), (size, *samples.shape[1:]))
+        batch = resize(samples, size)
         times: list[list[float]] = [[], []]
         for session in sessions:
             run_session(session, batch)

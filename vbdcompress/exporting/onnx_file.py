@@ -4,7 +4,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vbdcompress.errors import ExportError
 from vbdcompress.files import replacing
+from vbdcompress.inputs import Inputs, call, map_tensors, resize, shapes_of, tensors_of
 from vbdcompress.records import ExportCheck
 from vbdcompress.surgery.verify import flatten_output, relative_difference
 
@@ -38,7 +39,7 @@ _EXPORT_ERRORS = (
 def export_onnx(
     model: nn.Module,
     path: Path,
-    samples: Tensor,
+    samples: Inputs,
     *,
     input_name: str = "input",
     tolerance: float = TOLERANCE,
@@ -49,8 +50,9 @@ def export_onnx(
     Args:
         model: plain; exported in eval mode from a copy on the CPU.
         path: of the file; replaced in one step, and only by a file that passed.
-        samples: [n, ...] real inputs, normalised as in training.
-        input_name: of the graph's input; its first dimension is dynamic. The output is "output".
+        samples: [n, ...] real inputs, normalised as in training: a tensor, a tuple or a dict of them.
+        input_name: of the graph's input; several are numbered behind it, and a dict's have their
+            names. The first dimension is dynamic. The output is "output".
         tolerance: for the largest difference, relative to the largest output.
         batch_sizes: to compare at.
     Returns:
@@ -60,7 +62,7 @@ def export_onnx(
             file is left then, and one that stood there before stays.
     """
     plain = copy.deepcopy(model).cpu().eval()
-    samples = samples.detach().cpu()
+    samples = map_tensors(samples, lambda tensor: tensor.detach().cpu())
     with replacing(path) as partial:
         opset = _write_checked(plain, partial, samples, input_name)
         difference = compare_with_torch(plain, partial, samples, batch_sizes)
@@ -75,17 +77,21 @@ def export_onnx(
     return ExportCheck(opset, size, tuple(batch_sizes), difference, tolerance)
 
 
-def _write_checked(model: nn.Module, path: Path, samples: Tensor, input_name: str) -> int:
+def _write_checked(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> int:
     """Export, clean and check; returns the opset."""
+    tensors = tensors_of(resize(samples, 2))
+    batch = torch.export.Dim("batch")
     try:
         with _quiet_exporter():
             program: Any = torch.onnx.export(
-                model,
-                (samples[:2].contiguous(),),
+                model if isinstance(samples, Tensor) else _Positional(model, samples),
+                tuple(tensors),
                 dynamo=True,
-                input_names=[input_name],
+                input_names=_input_names(samples, input_name),
                 output_names=["output"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(({0: batch},) * len(tensors),)
+                if not isinstance(samples, Tensor)
+                else ({0: batch},),
                 external_data=False,
                 optimize=True,
                 verbose=False,
@@ -99,6 +105,25 @@ def _write_checked(model: nn.Module, path: Path, samples: Tensor, input_name: st
         ) from error
     onnx.save(proto, path)
     return int(next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")))
+
+
+class _Positional(nn.Module):
+    """A network that takes several inputs, called with their tensors one after the other."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return call(self.model, map_tensors(self.inputs, lambda _: next(given)))
+
+
+def _input_names(samples: Inputs, name: str) -> list[str]:
+    if isinstance(samples, Mapping) and all(isinstance(item, Tensor) for item in samples.values()):
+        return [str(key) for key in samples]
+    count = len(tensors_of(samples))
+    return [name] if count == 1 else [f"{name}_{number}" for number in range(count)]
 
 
 def _strip_metadata(proto: onnx.ModelProto) -> None:
@@ -153,28 +178,28 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
         raise ExportError(f"file '{path}'", f"onnxruntime can't load it: {error}") from error
 
 
-def run_session(session: onnxruntime.InferenceSession, inputs: np.ndarray[Any, Any]) -> list[Any]:
-    """All outputs of a session with one input."""
+def run_session(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[Any]:
+    """All outputs of a session, given torch's inputs."""
+    arrays = [tensor.numpy() for tensor in tensors_of(inputs)]
+    names = [item.name for item in session.get_inputs()]
     try:
-        outputs: list[Any] = session.run(None, {session.get_inputs()[0].name: inputs})
+        outputs: list[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
     except Exception as error:  # as above
-        raise ExportError("onnxruntime", f"fails on inputs of shape {inputs.shape}: {error}") from error
+        shapes = ", ".join(map(str, shapes_of(inputs)))
+        raise ExportError("onnxruntime", f"fails on inputs of shape {shapes}: {error}") from error
     return outputs
 
 
 def compare_with_torch(
-    model: nn.Module, path: Path, samples: Tensor, batch_sizes: Sequence[int] = BATCH_SIZES
+    model: nn.Module, path: Path, samples: Inputs, batch_sizes: Sequence[int] = BATCH_SIZES
 ) -> float:
     """Largest difference of onnxruntime from torch over the batch sizes, relative to the largest output."""
     session = open_session(path)
     worst = 0.0
     for size in batch_sizes:
-        repeats = -(-size // len(samples))
-        batch = (
-            torch.cat([samples] * repeats)[:size].contiguous() if repeats > 1 else samples[:size].contiguous()
-        )
+        batch = resize(samples, size)
         with torch.no_grad():
-            expected = flatten_output(model(batch))
-        found = [torch.from_numpy(np.asarray(output)) for output in run_session(session, batch.numpy())]
+            expected = flatten_output(call(model, batch))
+        found = [torch.from_numpy(np.asarray(output)) for output in run_session(session, batch)]
         worst = max(worst, relative_difference(expected, found))
     return worst

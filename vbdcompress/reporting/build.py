@@ -1,5 +1,6 @@
 """The report as plain JSON types: the source of truth, from which the page is rendered."""
 
+import copy
 import math
 import os
 import platform
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.attention import Opened, open_attention_
 from vbdcompress.count import layer_sizes, uncounted_ops
+from vbdcompress.inputs import Inputs, example_shape
 from vbdcompress.records import (
     CurvePoint,
     EpochRow,
@@ -108,7 +111,7 @@ class ReportContext:
 
 
 def report(
-    original: nn.Module, slim: nn.Module, example: Tensor, sizes: tuple[Size, Size], context: ReportContext
+    original: nn.Module, slim: nn.Module, example: Inputs, sizes: tuple[Size, Size], context: ReportContext
 ) -> dict[str, Any]:
     """The report's content, schema version 1; latency and export are filled in by `export`.
 
@@ -132,7 +135,7 @@ def report(
         "config": dict(context.config),
         "seed": context.config.get("seed"),
         "seconds": context.seconds,
-        "input": asdict(context.input or InputSpec(tuple(example.shape[1:]))),
+        "input": asdict(context.input or InputSpec(example_shape(example))),
         "data": None if context.data is None else asdict(context.data),
         "warnings": list(context.warnings),
         "error": final if final is not None or errors is None else errors.validation_after,
@@ -214,8 +217,12 @@ def _error_table(errors: ErrorRecord) -> dict[str, Any]:
     }
 
 
-def _layer_rows(original: nn.Module, slim: nn.Module, example: Tensor) -> list[dict[str, Any]]:
+def _layer_rows(original: nn.Module, slim: nn.Module, example: Inputs) -> list[dict[str, Any]]:
     after = {row.name: row for row in layer_sizes(slim, example)}
+    opened = {name for name, module in slim.named_modules() if isinstance(module, Opened)}
+    if opened:  # its layers have other names
+        original = copy.deepcopy(original)
+        open_attention_(original, opened)
     rows = []
     for row in layer_sizes(original, example):
         rows.append(

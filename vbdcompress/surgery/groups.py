@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.gather import GatherLinear
+from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.surgery.match import Place
 from vbdcompress.surgery.probe import Reading, Recording, Role, record
 from vbdcompress.surgery.weights import Index, is_mixing, keeps_groups_apart, shares
@@ -107,7 +108,7 @@ class GroupScan:
         return tuple(group for group in self.groups if group.whole_because is None)
 
 
-def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False, seed: int = 0) -> GroupScan:
+def trace_groups(model: nn.Module, example: Inputs, *, features: bool = False, seed: int = 0) -> GroupScan:
     """The channel groups of a plain network.
 
     Args:
@@ -119,14 +120,10 @@ def trace_groups(model: nn.Module, example: Tensor, *, features: bool = False, s
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _trace(model, example.detach(), features)
+        return _trace(model, map_tensors(example, _beside_noise), features)
 
 
-def _trace(model: nn.Module, given: Tensor, features: bool) -> GroupScan:
-    if given.is_floating_point():
-        # beside noise, for which branches open that the example leaves shut
-        given = torch.cat([given, torch.randn_like(given), 5 * torch.randn_like(given)])
-        given.requires_grad_()  # what depends on it, and on no layer, reads the network's input
+def _trace(model: nn.Module, given: Inputs, features: bool) -> GroupScan:
     try:
         recording = record(model, given, _role_of)
         ties = _Ties()
@@ -138,6 +135,16 @@ def _trace(model: nn.Module, given: Tensor, features: bool) -> GroupScan:
     except TRACE_ERRORS as error:
         return GroupScan((), f"its channels can't be followed: {type(error).__name__}: {error}")
     return GroupScan(groups + (tuple(_feature_groups(model, recording, groups, ties)) if features else ()))
+
+
+def _beside_noise(tensor: Tensor) -> Tensor:
+    """The example beside noise, for which branches open that the example leaves shut."""
+    tensor = tensor.detach()
+    is_mask = bool(((tensor == 0) | (tensor == 1)).all())
+    if not tensor.is_floating_point() or is_mask:
+        return torch.cat([tensor] * 3)
+    wide = torch.cat([tensor, torch.randn_like(tensor), 5 * torch.randn_like(tensor)])
+    return wide.requires_grad_()  # what depends on it, and on no layer, reads the network's input
 
 
 def _role_of(module: nn.Module) -> Role | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from vbdcompress.attention import Opened
+from vbdcompress.inputs import Inputs, call
 from vbdcompress.surgery.groups import ChannelGroup, Member
 from vbdcompress.surgery.slice import LayerCut, RemovalPlan
 from vbdcompress.surgery.weights import (
@@ -41,14 +42,14 @@ class _Liveness:
 
     model: nn.Module
     groups: tuple[ChannelGroup, ...]
-    example: Tensor
+    example: Inputs
     removed: dict[str, set[int]] = field(default_factory=dict)
     new_biases: set[str] = field(default_factory=set)
 
 
 @torch.no_grad()
 def plan_removal_(
-    model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor, *, fold: bool = True
+    model: nn.Module, groups: Iterable[ChannelGroup], example: Inputs, *, fold: bool = True
 ) -> RemovalPlan:
     """What can be cut from a masked network; folds constants into biases, in place.
 
@@ -147,7 +148,7 @@ def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
             layer.register_forward_pre_hook(lambda layer, args, name=name: record(name, layer, args[0]))
         )
     try:
-        state.model(state.example)
+        call(state.model, state.example)
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from vbdcompress.inputs import Inputs, call
 from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
 from vbdcompress.surgery.weights import shares
 
@@ -93,7 +94,7 @@ def _attend(
     return scores + value.sum(-2, keepdim=True)
 
 
-def record(model: nn.Module, example: Any, role_of: Callable[[nn.Module], Role | None]) -> Recording:
+def record(model: nn.Module, example: Inputs, role_of: Callable[[nn.Module], Role | None]) -> Recording:
     """Run the network once, with a leaf in the place of what each mixing layer computes.
 
     Args:
@@ -113,7 +114,7 @@ def record(model: nn.Module, example: Any, role_of: Callable[[nn.Module], Role |
                     found.bare[id(parameter)] = f"{name}.{own}".lstrip(".")
                     kept.append(parameter)
     with torch.enable_grad(), _patched(model, roles, found), _Smooth(), sdpa_kernel(SDPBackend.MATH):
-        outputs = model(example)
+        outputs = call(model, example)
     for tensor in _tensors(outputs):
         _read(found, "", "opaque", tensor, -1)
     return found

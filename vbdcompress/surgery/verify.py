@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vbdcompress.inputs import Inputs, call, map_tensors
 from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan, trace_groups
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import apply_plan_
@@ -20,7 +21,7 @@ EXACT = 1e-10
 TRIAL_SHARE = 0.3
 
 
-def find_groups(model: nn.Module, example: Tensor, *, features: bool = False, seed: int = 0) -> GroupScan:
+def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, seed: int = 0) -> GroupScan:
     """The network's channel groups, each either proven exact or left whole with the reason.
 
     The proof: on a float64 copy with random weights, 30 % of the channels of every group are
@@ -34,7 +35,7 @@ def find_groups(model: nn.Module, example: Tensor, *, features: bool = False, se
         seed: of the trial's weights and masks.
     """
     trial = _random_copy(model, seed)
-    inputs = example.detach().cpu().double() if example.is_floating_point() else example.cpu()
+    inputs = map_tensors(example, as_double)
     scan = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
     if not scan.removable:
         return scan
@@ -98,7 +99,7 @@ def _trial_count(group: ChannelGroup) -> int:
 
 
 def _find_wrong(
-    model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup], masks: dict[str, Index]
+    model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup], masks: dict[str, Index]
 ) -> Iterator[tuple[str, str]]:
     """(name, reason) of each group that can't be cut without changing the output."""
     reason = _try_groups(model, inputs, groups, masks)
@@ -114,7 +115,7 @@ def _find_wrong(
 
 @torch.no_grad()
 def _try_groups(
-    model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup], masks: dict[str, Index]
+    model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup], masks: dict[str, Index]
 ) -> str | None:
     """Mask and cut the groups on a copy; why the result differs, or None where it does not."""
     masked = copy.deepcopy(model)
@@ -124,16 +125,22 @@ def _try_groups(
             assert isinstance(layer, Mixing)
             zero_inputs_(layer, member.positions(masks[group.name]).tolist())
     try:
-        expected = flatten_output(masked(inputs))
+        expected = flatten_output(call(masked, inputs))
         sliced = copy.deepcopy(masked)
         apply_plan_(sliced, plan_removal_(sliced, groups, inputs))
-        found = flatten_output(sliced(inputs))
+        found = flatten_output(call(sliced, inputs))
     except TRACE_ERRORS as error:
         return f"the network can't run without some of its channels: {type(error).__name__}: {error}"
     difference = relative_difference(expected, found)
     if difference <= EXACT:
         return None
     return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"
+
+
+def as_double(tensor: Tensor) -> Tensor:
+    """On the CPU; in float64 where it holds floating point numbers."""
+    plain = tensor.detach().cpu()
+    return plain.double() if plain.is_floating_point() else plain
 
 
 def flatten_output(output: Any) -> list[Tensor]:

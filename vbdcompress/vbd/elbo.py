@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.inputs import call
 from vbdcompress.vbd.kl import kl_sum
 from vbdcompress.vbd.posterior import find_posteriors
 
@@ -52,7 +53,7 @@ class ELBO(nn.Module):
         return torch.stack(parts).sum() / self.num_data
 
     def forward(self, input: Any, target: Any, beta: Tensor) -> ELBOTerms:
-        nll = self.loss(self.model(input), target)
+        nll = self.loss(call(self.model, input), target)
         kl = self.kl()
         return ELBOTerms(nll + beta * kl, nll, kl)
 

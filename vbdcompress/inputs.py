@@ -1,0 +1,65 @@
+"""What a network is given: one tensor, several in a tuple or list, or a dict of them by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Tensor, a tuple or list of inputs, or a mapping from names to them
+Inputs = Any
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """The network's output: model(x), model(*several) or model(**named)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The same inputs with each tensor changed."""
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: map_tensors(item, change) for name, item in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):  # a named tuple takes its items one by one
+        return type(inputs)(*(map_tensors(item, change) for item in inputs))
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(map_tensors(item, change) for item in inputs)
+    return inputs
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """All tensors in inputs, in order."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    items = inputs.values() if isinstance(inputs, Mapping) else inputs
+    if not isinstance(inputs, Mapping | tuple | list):
+        return []
+    return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Number of examples: the first dimension of the first tensor."""
+    return len(tensors_of(inputs)[0])
+
+
+def first(inputs: Inputs, count: int) -> Inputs:
+    """The first examples."""
+    return map_tensors(inputs, lambda tensor: tensor[:count])
+
+
+def resize(inputs: Inputs, count: int) -> Inputs:
+    """As many examples as asked for, the given ones over and over."""
+    return map_tensors(inputs, lambda tensor: tensor[torch.arange(count) % len(tensor)].contiguous())
+
+
+def shapes_of(inputs: Inputs) -> list[tuple[int, ...]]:
+    """The shape of each tensor."""
+    return [tuple(tensor.shape) for tensor in tensors_of(inputs)]
+
+
+def example_shape(inputs: Inputs) -> tuple[int, ...]:
+    """Of one example of the first tensor, without the batch."""
+    return shapes_of(inputs)[0][1:]
