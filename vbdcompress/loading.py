@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
 
 from vbdcompress.architectures import build_architecture
 from vbdcompress.errors import LoadError
+from vbdcompress.exported import from_exported
 from vbdcompress.exporting.slim_file import load_slim, read_slim
 from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.records import InputSpec
@@ -50,14 +52,15 @@ def load(
     arguments: Mapping[str, Any] | None = None,
     unsafe_pickle: bool = False,
 ) -> Loaded:
-    """A network from a .pt or slim .safetensors file.
+    """A network from a .pt, .pt2 or slim .safetensors file.
 
     Args:
-        path: a checkpoint of `vbdcompress train`, a bare state_dict (then `arch` is needed), or a
-            slim file.
+        path: a checkpoint of `vbdcompress train`, a bare state_dict (then `arch` is needed), a
+            torch.export program, or a slim file.
         arch: name of the architecture; see `build_architecture`. Overrides the file's.
         arguments: of the architecture's builder.
-        unsafe_pickle: also read a whole pickled nn.Module, which runs code from the file.
+        unsafe_pickle: also read a whole pickled nn.Module or a program, which may run code from the
+            file.
     Raises:
         LoadError: the file is missing, damaged, not safe, or does not fit its architecture.
     """
@@ -112,11 +115,7 @@ def save_checkpoint(path: Path, loaded: Loaded) -> None:
 def _read_pt(path: Path, unsafe_pickle: bool) -> Any:
     where = f"file '{path}'"
     if path.suffix == ".pt2":
-        raise LoadError(
-            where,
-            "is a torch.export program, which has no layers left to convert.",
-            "Save the network's state_dict and name its architecture: --arch package.module:function",
-        )
+        return _read_exported(path, unsafe_pickle)
     try:
         return load_tensors(path)
     except pickle.UnpicklingError as error:
@@ -130,6 +129,21 @@ def _read_pt(path: Path, unsafe_pickle: bool) -> Any:
             "Save a state_dict instead: torch.save(model.state_dict(), path). If you trust the file as "
             "you trust a program: --unsafe-pickle",
         ) from error
+
+
+def _read_exported(path: Path, trusted: bool) -> nn.Module:
+    where = f"file '{path}'"
+    if not trusted:
+        raise LoadError(
+            where,
+            "is a torch.export program, which can run code when read; it was not read.",
+            "If you trust the file as you trust a program: --unsafe-pickle",
+        )
+    try:
+        program = torch.export.load(path)
+    except (OSError, BadZipFile, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise LoadError(where, f"is no torch.export program that this torch reads: {error}") from error
+    return from_exported(program)
 
 
 def _read_pickle(path: Path) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torch.export import ExportedProgram
 
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import check_model
@@ -20,6 +21,7 @@ from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric
 from vbdcompress.errors import ConfigError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_error
+from vbdcompress.exported import from_exported
 from vbdcompress.exporting.export import export
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
@@ -96,7 +98,7 @@ class Result:
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     loader: Iterable[Any],
     *,
     validation: Iterable[Any] | None = None,
@@ -114,7 +116,7 @@ def compress(
     """Make a trained network small: convert, fit, choose, slim, fine-tune, report.
 
     Args:
-        model: any trained nn.Module; left as it was.
+        model: any trained nn.Module, left as it was, or what torch.export made of one.
         loader: training batches (inputs, target), once an epoch; inputs are a tensor, a tuple of
             tensors (model(*inputs)) or a dict of them (model(**inputs)); (inputs,) where the network
             takes a tuple or dict as its one argument.
@@ -143,6 +145,8 @@ def compress(
                 "compress", f"option '{name}' is for named data sets.", "Your loader decides it."
             )
     config = make_config(options, "compress")
+    if isinstance(model, ExportedProgram):
+        model = from_exported(model)
     held_out = None if validation is None else True
     if validation is None:
         loader, validation = split_loader(loader, config.validation_fraction, config.seed)
