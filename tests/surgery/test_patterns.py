@@ -43,6 +43,18 @@ def concat_with_itself() -> nn.Module:
     return Pattern(forward, a=conv(3, 6), b=conv(18, 5), head=nn.Linear(5, 4))
 
 
+def used_before_its_layer() -> nn.Module:
+    """An operation that keeps its input for its derivative, before a layer reads the same input."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        curved, pooled = F.gelu(y) * y.sigmoid(), F.max_pool2d(y, 3, 1, 1)
+        z = m.b(y).relu()
+        return m.head(pool(torch.cat([z, m.c(curved).relu(), m.d(pooled).relu()], 1)))
+
+    return Pattern(forward, a=conv(3, 6), b=conv(6, 4), c=conv(6, 3), d=conv(6, 5), head=nn.Linear(12, 4))
+
+
 def concat_of_several() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         y, z = m.a(x).relu(), m.b(x).relu()
@@ -311,6 +323,7 @@ PATTERNS = {
     build.__name__: build
     for build in (
         concat_with_itself,
+        used_before_its_layer,
         concat_of_several,
         view_before_linear,
         pixel_shuffle,
@@ -374,6 +387,7 @@ def test_slim_equals_masked(name: str, mode: Any) -> None:
 # Group of the layer -> its number of channels that can go one by one, or why it stays whole
 EXPECTED: dict[str, dict[str, int | str]] = {
     "concat_with_itself": {"a": 6, "b": 5},
+    "used_before_its_layer": {"a": 6, "b": 4, "c": 3, "d": 5},
     "concat_of_several": {"a": 6, "b": 4, "c": 5},
     "view_before_linear": {"a": 6, "fc": 10},
     "pixel_shuffle": {"a": 4, "b": 6},  # four channels of `a` make one of its reader's

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
@@ -113,7 +114,10 @@ def record(model: nn.Module, example: Inputs, role_of: Callable[[nn.Module], Rol
                 if parameter.is_floating_point() and parameter.numel() > 1:
                     found.bare[id(parameter)] = f"{name}.{own}".lstrip(".")
                     kept.append(parameter)
-    with torch.enable_grad(), _patched(model, roles, found), _Smooth(), sdpa_kernel(SDPBackend.MATH):
+    # what an operation keeps for its derivative is a copy: the tensor itself may become a leaf before that
+    keep_copies = saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    traced = _patched(model, roles, found), sdpa_kernel(SDPBackend.MATH)
+    with torch.enable_grad(), traced[0], traced[1], _Smooth(), keep_copies:
         outputs = call(model, example)
     for tensor in _tensors(outputs):
         _read(found, "", "opaque", tensor, -1)
@@ -223,7 +227,7 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
             flows.append(Flow(source, slope))
     if role != "opaque":
         reading.positions.extend(match(tensor, dim, flows, cotangent))
-    if not tensor.is_leaf and not tensor._is_view():
+    if layer and not tensor.is_leaf and not tensor._is_view():
         tensor.detach_().requires_grad_()
         found.sources[id(tensor)] = Source("reads", layer, tensor, None if role == "opaque" else dim)
         if role == "opaque" and reading.places:

@@ -42,7 +42,26 @@ def _timm(name: str, **options: Any) -> nn.Module:
     return model
 
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+def _segmentation(name: str, **options: Any) -> nn.Module:
+    return _torchvision(name, weights_backbone=None, num_classes=5, **options)
+
+
+def _detection(name: str, **options: Any) -> nn.Module:
+    """The backbone of a detector: feature maps at four scales and their pyramid."""
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    model: nn.Module = resnet_fpn_backbone(
+        backbone_name=name.removesuffix("_fpn"), weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
+    )
+    return model
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "torchvision": _torchvision,
+    "segmentation": _segmentation,
+    "detection": _detection,
+    "timm": _timm,
+}
 
 # One of each family first, then its larger siblings
 _TORCHVISION = """
@@ -79,7 +98,12 @@ _SIZES |= {name: options["img_size"] for name, options in _OPTIONS.items() if "i
 
 NETWORKS = {
     network.name: network
-    for library, names in (("torchvision", _TORCHVISION), ("timm", _TIMM))
+    for library, names in (
+        ("torchvision", _TORCHVISION),
+        ("segmentation", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"]),
+        ("detection", ["resnet18_fpn"]),
+        ("timm", _TIMM),
+    )
     for network in (
         Network(f"{library}:{name}", _SIZES.get(name, 64), _OPTIONS.get(name, {})) for name in names
     )
