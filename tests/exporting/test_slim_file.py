@@ -98,3 +98,21 @@ def test_load_slim_refuses_a_damaged_file(damage, tmp_path):
 def test_plan_survives_json(tmp_path):
     plan = slimmed_lenet("channels").plan
     assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+class Versioned(nn.Sequential):
+    """Refuses a state without the version of its class, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != self._version:
+            raise ValueError("no version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_load_slim_tells_modules_their_version(tmp_path):
+    model = Versioned(nn.Linear(4, 3))
+    save_slim(tmp_path / "slim.safetensors", model, SlimFile((), None, {}, None, InputSpec((4,))))
+    loaded = load_slim(tmp_path / "slim.safetensors", Versioned(nn.Linear(4, 3)))
+    assert torch.equal(loaded[0].weight, model[0].weight)

@@ -146,7 +146,10 @@ def load_slim(path: str | Path, model: nn.Module | None = None, *, arch: str | N
         model = build_architecture(name, header.arguments, trusted=arch is not None)
     for plan in header.plans:
         apply_plan_(model, plan)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    state = model.state_dict()
+    state.clear()  # what is left are the versions of its modules, which some ask for when they load
+    state.update(tensors)
+    missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(model.state_dict()) - set(_state(model))
     missing = [name for name in missing if name not in tied]
     if missing or unexpected:
