@@ -119,7 +119,7 @@ def randomise_(model: nn.Module, seed: int = 0) -> None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2.0)
     for parameter in model.parameters():
-        if parameter.dim() <= 1:
+        if parameter.numel() == max(parameter.shape, default=1):
             parameter.uniform_(0.5, 1.5)
         elif not bool(parameter.any()):
             parameter.normal_(0, 0.02)

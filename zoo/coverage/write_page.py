@@ -51,7 +51,7 @@ def _row(name: str, mode: str) -> dict[str, Any]:
     if content is None:
         return row | {"failed": "not run yet"}
     if "failed" in content:
-        return row | {"failed": content["failed"]}
+        return row | {"failed": _short(content["failed"])}
     whole = "; ".join(f"{number} x {_short(reason)}" for reason, number in content["whole"])
     return row | {
         "layers": f"{content['layers_touched']} of {content['layers']}",
