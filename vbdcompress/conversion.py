@@ -48,7 +48,10 @@ class Converted:
     example: Inputs
 
     def undo(self) -> nn.Module:
-        """A plain network again, a copy: the exact original where nothing was trained since."""
+        """A plain network again, a copy: the original where nothing was trained since.
+
+        Exact, but for attention in channels mode: that stays opened, the same function to rounding.
+        """
         return self.plain(float("inf"))
 
     def plain(self, threshold: float) -> nn.Module:

@@ -11,13 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 COVERAGE = Path(__file__).parents[2] / "zoo" / "coverage"
-# Squeeze-excite beside depthwise; groups with squeeze-excite; heads with tables; shuffled halves
+# Squeeze-excite beside depthwise; groups with squeeze-excite; shuffled halves; fused attention; a pyramid
 SAMPLE = [
     ("torchvision:mobilenet_v3_small", "channels"),
-    ("torchvision:mobilenet_v3_small", "weights"),
     ("torchvision:regnet_y_400mf", "channels"),
     ("torchvision:shufflenet_v2_x0_5", "channels"),
-    ("timm:swin_tiny_patch4_window7_224", "channels"),
+    ("timm:deit_tiny_patch16_224", "weights"),
     ("detection:resnet18_fpn", "channels"),
 ]
 

@@ -1,6 +1,6 @@
 """Which channels a tensor's positions come from, decoded from directional derivatives."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +63,7 @@ class Flow:
 
 
 def reaching_channels(source: Source, slope: Tensor) -> list[int]:
+    """Channels of a source at which its slope is not 0: those that reach the reading."""
     if source.dim is None:
         return [0] if bool(slope.detach().any()) else []
     return _nonzero(slope.detach(), source.dim)
@@ -74,50 +75,36 @@ def _nonzero(tensor: Tensor, dim: int) -> list[int]:
     return torch.nonzero(sizes > NONE * sizes.max()).flatten().tolist()
 
 
-def match(
-    tensor: Tensor, dim: int, flows: Sequence[Flow], cotangent: Tensor
-) -> Iterator[tuple[list[int], list[Place]]]:
+Matched = list[tuple[list[int], list[Place]]]
+
+
+def match(tensor: Tensor, dim: int, flows: Sequence[Flow], cotangent: Tensor) -> Matched:
     """(positions, places) of one reading.
 
     First all sources at once: most positions come from one channel of one of them. What comes from
     several, as in a sum, is looked at source by source, and then channel by channel.
     """
     if not flows:
-        return
-    rest = yield from _match_single(flows, cotangent, dim, range(tensor.shape[dim]))
-    if len(flows) > 1:
-        for flow in flows:
-            left = yield from _match_single([flow], cotangent, dim, rest)
-            yield from _components(tensor, dim, flow, left, cotangent)
-    else:
-        yield from _components(tensor, dim, flows[0], rest, cotangent)
+        return []
+    matched, rest = _match_single(flows, cotangent, dim, range(tensor.shape[dim]))
+    for flow in flows:
+        more, left = _match_single([flow], cotangent, dim, rest) if len(flows) > 1 else ([], rest)
+        matched += more
+        matched += _components(tensor, dim, flow, left, cotangent)
+    return matched
 
 
 def match_parameter(
     name: str, parameter: Tensor, slope: Tensor, cotangent: Tensor, dim: int
-) -> list[tuple[list[int], list[Place]]] | None:
+) -> Matched | None:
     """(positions, places) of a parameter, with an entry for each channel along a dimension; else None."""
     for own in range(parameter.dim()):
         if parameter.shape[own] > 1:
-            source = Source("holds", f"{name}:{own}", parameter, own)
-            matched, single = _drain(
-                _match_single([Flow(source, slope)], cotangent, dim, range(cotangent.shape[dim]))
-            )
-            if not single:
+            flow = Flow(Source("holds", f"{name}:{own}", parameter, own), slope)
+            matched, rest = _match_single([flow], cotangent, dim, range(cotangent.shape[dim]))
+            if not rest:
                 return matched
     return None
-
-
-def _drain(
-    generator: Generator[tuple[list[int], list[Place]], None, list[int]],
-) -> tuple[list[tuple[list[int], list[Place]]], list[int]]:
-    """All that a generator yields, and what it returns."""
-    yielded = []
-    while True:
-        try:
-            yielded.append(next(generator))
-        except StopIteration as stop:
-            return yielded, stop.value
 
 
 def _along(flows: Sequence[Flow], sizes: Sequence[Tensor], cotangent: Tensor, dim: int) -> Tensor:
@@ -136,8 +123,8 @@ def _along(flows: Sequence[Flow], sizes: Sequence[Tensor], cotangent: Tensor, di
 
 def _match_single(
     flows: Sequence[Flow], cotangent: Tensor, dim: int, among: Sequence[int]
-) -> Generator[tuple[list[int], list[Place]], None, list[int]]:
-    """Positions that come from one channel, by three directional derivatives; returns the others.
+) -> tuple[Matched, list[int]]:
+    """Positions that come from one channel, by three directional derivatives, and the others.
 
     With the channel's number, and again a random number of its own, as the size of the step, the
     ratio to unit steps names the one channel that a position depends on, or no channel.
@@ -166,13 +153,14 @@ def _match_single(
     depends = present.any(1) | (numbered.abs() > NONE * count * largest).any(1)
     single = (of_one | ~present).all(1) & present.any(1)
     places = [flow.source.place(number) for flow in flows for number in range(flow.source.count)]
+    matched: Matched = []
     rest = []
     for position in among:
         if bool(depends[position] & single[position]):
-            yield [position], [places[int(channel[position])]]
+            matched.append(([position], [places[int(channel[position])]]))
         elif bool(depends[position]):
             rest.append(position)
-    return rest
+    return matched, rest
 
 
 def _components(

@@ -20,6 +20,7 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
+from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.verify import flatten_output, relative_difference
 from vbdcompress.vbd.elbo import ELBO
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
@@ -152,7 +153,7 @@ def check_torch_pruning(network: Network) -> dict[str, Any]:
         after = measure_size(model.eval(), example)
         row["parameters_left"] = after.parameters / before.parameters
         row["macs_left"] = after.macs / before.macs
-    except Exception as error:  # whatever the rival raises is its row
+    except TRACE_ERRORS as error:
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
     row["seconds"] = round(time.perf_counter() - started, 1)
     return row
