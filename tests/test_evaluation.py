@@ -80,3 +80,8 @@ def test_device_of_a_network() -> None:
     assert device_of(nn.Linear(1, 1, device="meta")) == META
     assert device_of(nn.BatchNorm1d(2, affine=False, device="meta")) == META
     assert device_of(nn.ReLU()) == torch.device("cpu")
+
+
+def test_cross_entropy_refuses_several_outputs():
+    with pytest.raises(DataError, match=r"(?s)gives a tuple in training mode.*aux_logits=False"):
+        cross_entropy((torch.zeros(2, 3), torch.zeros(2, 3)), torch.tensor([0, 1]))

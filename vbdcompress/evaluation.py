@@ -15,7 +15,17 @@ Metric = Callable[[Any, Any], Tensor]
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Mean negative log likelihood in nats; output [batch, classes], target [batch]."""
+    """Mean negative log likelihood in nats; output [batch, classes], target [batch].
+
+    Raises:
+        DataError: the output is no tensor: several heads need a loss of the user's own.
+    """
+    if not isinstance(output, Tensor):
+        raise DataError(
+            "network",
+            f"gives a {type(output).__name__} in training mode, cross entropy needs logits [batch, classes].",
+            "Switch auxiliary heads off (aux_logits=False), or pass a loss: compress(..., loss=)",
+        )
     return F.cross_entropy(output, target)
 
 

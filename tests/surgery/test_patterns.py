@@ -437,3 +437,22 @@ def test_find_groups_leaves_code_that_takes_halves_whole_whatever_the_trial_mask
         }
         assert "can't run" in (groups["a"].whole_because or "")
         assert groups["b"].whole_because is None
+
+
+def test_layers_that_only_training_calls_keep_what_they_read() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.a(x).relu()
+        z = m.head(pool(m.b(y).relu()))
+        return (z, m.auxiliary(pool(y))) if m.training else z
+
+    torch.manual_seed(0)
+    layers = {"a": conv(3, 8), "b": conv(8, 6), "head": nn.Linear(6, 4), "auxiliary": nn.Linear(8, 4)}
+    model = Pattern(forward, **layers).double().eval()
+    converted = convert(model, EXAMPLE.double())
+    groups = {group.name: group.whole_because for group in converted.scan.groups}
+    assert "can't train" in (groups["a"] or "")
+    assert groups["b"] is None
+    switch_off_(converted.model)
+    slimmed = slim(converted, 50.0).model
+    assert slimmed.b.out_channels < 6
+    assert [tuple(output.shape) for output in slimmed.train()(EXAMPLE.double())] == [(2, 4), (2, 4)]

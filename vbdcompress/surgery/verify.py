@@ -132,9 +132,22 @@ def _try_groups(
     except TRACE_ERRORS as error:
         return f"the network can't run without some of its channels: {type(error).__name__}: {error}"
     difference = relative_difference(expected, found)
-    if difference <= EXACT:
-        return None
-    return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"
+    if difference > EXACT:
+        return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"
+    told = _why_not_training(sliced, inputs)
+    if told is not None and _why_not_training(masked, inputs) is None:
+        return f"without some of its channels the network can't train: {told}"
+    return None
+
+
+def _why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
+    """What running it in training mode raises, where other layers may be called: auxiliary heads."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            call(model.train(), inputs)
+    except TRACE_ERRORS as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def as_double(tensor: Tensor) -> Tensor:
