@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from vbdcompress.config import FitConfig
@@ -47,7 +48,7 @@ def outputs_of(teacher: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def teach(
-    teacher: nn.Module | None, loss: Loss, batches: Any, config: FitConfig, device: torch.device
+    teacher: nn.Module | None, loss: Loss, batches: Any, config: FitConfig, fabric: Fabric
 ) -> tuple[Loss, Any, nn.Module | None]:
     """Loss and batches with the teacher's outputs in them; the teacher too where it must be asked anew.
 
@@ -56,10 +57,11 @@ def teach(
     """
     if teacher is None or config.distill_share == 0:
         return loss, batches, None
-    teacher = copy.deepcopy(teacher).to(device).eval()
+    teacher = copy.deepcopy(teacher).to(fabric.device).eval()
     distilled = DistillationLoss(loss, config.distill_share, config.temperature)
     views = batches.views if isinstance(batches, TensorBatches) else None
     if views is not None and views <= max(1, config.epochs):
-        outputs = [outputs_of(teacher, batches.view(number)) for number in range(views)]
+        with fabric.autocast():
+            outputs = [outputs_of(teacher, batches.view(number)) for number in range(views)]
         return distilled, batches.taught(torch.stack(outputs)), None
     return distilled, batches, teacher

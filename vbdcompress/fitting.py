@@ -77,7 +77,7 @@ def fit(
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         total = num_data or count_examples(loader)
         placed = _place(loader, fabric)
-        loss, placed, absent = teach(teacher, loss, placed, config, fabric.device)
+        loss, placed, absent = teach(teacher, loss, placed, config, fabric)
         _lay_out_(model, torch.channels_last)
         elbo = ELBO(model, loss, total, config.prior)
         optimizer = make_optimizer(model, config)
