@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention_
+from vbdcompress.conversion import convert
 
 
 @torch.no_grad()
@@ -78,3 +79,30 @@ def test_attention_with_extras_is_left() -> None:
     )
     open_attention_(model)
     assert all(type(module) is nn.MultiheadAttention for module in model)
+
+
+def test_attention_under_two_names_stays_one() -> None:
+    one = nn.MultiheadAttention(8, 2)
+    for parameter in one.parameters():
+        parameter.requires_grad_(False)
+    model = nn.ModuleList([one, one])
+    open_attention_(model)
+    assert isinstance(model[0], HeadAttention)
+    assert model[0] is model[1]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_attention_that_is_skipped_in_part_keeps_its_layers() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attn, self.head = nn.Linear(5, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 6)
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(self.head(self.attn(y, y, y)[0]).relu())
+
+    converted = convert(Network(), torch.randn(2, 4, 5), skip=["attn.out_proj"])
+    assert type(converted.model.attn) is nn.MultiheadAttention
+    assert isinstance(convert(Network(), torch.randn(2, 4, 5)).model.attn, HeadAttention)

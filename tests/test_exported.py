@@ -110,3 +110,30 @@ def test_a_pt2_file_is_read_only_when_trusted(tmp_path: Path) -> None:
     path.write_bytes(b"no program")
     with pytest.raises(LoadError, match=r"no torch\.export program"):
         load(path, unsafe_pickle=True)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_used_in_two_ways_is_no_layer_s() -> None:
+    class TwoWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c, self.head = nn.Linear(5, 5), nn.Conv2d(1, 2, 3, padding=1), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, image: Tensor) -> Tensor:
+            y = self.a(x) + F.linear(x, self.a.weight)
+            wide = F.conv2d(image, self.c.weight, self.c.bias, padding=2, dilation=2)
+            return self.head(y) + (self.c(image) + wide).sum((1, 2, 3))[:, None]
+
+    torch.manual_seed(0)
+    model, given = TwoWays().eval(), (torch.randn(2, 5), torch.randn(2, 1, 6, 6))
+    batch = Dim("batch")
+    program = torch.export.export(model, given, dynamic_shapes=({0: batch}, {0: batch}))
+    torch.testing.assert_close(from_exported(program)(*given), model(*given))
+
+
+def test_a_program_exported_in_training_mode_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).train()
+    shapes: Any = ({0: Dim("batch")},)
+    program = torch.export.export(model, (torch.randn(2, 4),), dynamic_shapes=shapes)
+    with pytest.raises(LoadError, match=r"(?s)training mode.*model\.eval"):
+        from_exported(program)

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress import compress, load_slim
+from vbdcompress.conversion import convert
+from vbdcompress.count import measure_size
 from vbdcompress.errors import DataError
 from vbdcompress.inputs import call, first, resize, shapes_of, tensors_of
+from vbdcompress.slimming import slim
+from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 FAST: dict[str, Any] = {"epochs": 2, "finetune_epochs": 1, "device": "cpu", "lr_gates": 0.3, "beta": 200.0}
 
@@ -38,7 +42,8 @@ class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(20, 12)
-        self.block = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, dropout=0.0)
+        layer = nn.TransformerEncoderLayer(12, 4, 16, batch_first=True, dropout=0.0)
+        self.block = nn.TransformerEncoder(layer, 1)  # its shortcut past the layers takes even heads
         self.head = nn.Linear(12, 3)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -124,8 +129,8 @@ def test_heads_and_hidden_units_of_a_network_of_tokens_go() -> None:
         **FAST,
     )
     kept = {row["name"]: row["kept"] for row in result.report["stages"][0]["groups"]}
-    assert kept["block.self_attn.q"] == 1
-    assert kept["block.linear1"] == 1
+    assert kept["block.layers.0.self_attn.q"] == 1
+    assert kept["block.layers.0.linear1"] == 1
 
 
 def test_batches_that_are_no_pairs_are_refused_with_what_to_do() -> None:
@@ -137,3 +142,52 @@ def test_inputs_are_cut_and_repeated_tensor_by_tensor() -> None:
     inputs = {"a": torch.arange(3), "b": (torch.eye(3), [torch.zeros(3, 1)])}
     assert shapes_of(first(inputs, 2)) == [(2,), (2, 3), (2, 1)]
     assert tensors_of(resize(inputs, 5))[0].tolist() == [0, 1, 2, 0, 1]
+
+
+class Masked(nn.Module):
+    """Hidden units that a mask silences: constant only while the mask is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.a, self.b, self.head = nn.Linear(8, 10), nn.Linear(10, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head((self.b(self.a(self.embed(ids)).relu()) * mask[..., None]).sum(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_what_is_constant_under_one_mask_is_not_folded(mode: Any, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ids, mask = torch.randint(0, 20, (4, 7)), torch.ones(4, 7, dtype=kind)
+    model = Masked().eval()
+    converted = convert(model, (ids, mask), mode)
+    for posterior in find_posteriors(converted.model):
+        if posterior.kind == "gate":
+            posterior.log_sigma2[: 1 + len(posterior.theta) // 2] = 60.0
+        elif posterior.theta.shape == (6, 10):
+            posterior.log_sigma2[:2] = 60.0
+    slimmed = slim(converted, 50.0).model
+    set_threshold_(converted.model, 50.0)
+    mask[:, 3:] = 0
+    expected = converted.model.eval()(ids, mask)
+    torch.testing.assert_close(slimmed(ids, mask), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+def test_binary_images_go_the_whole_way(mode: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    example = torch.randint(0, 2, (4, 6)).float()
+    torch.testing.assert_close(slim(convert(model, example, mode), 3.0).model(example), model(example))
+
+
+def test_convert_leaves_every_module_in_its_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3)).train()
+    model[1].eval()
+    converted = convert(model, torch.randn(2, 1, 8, 8))
+    measure_size(model, torch.randn(2, 1, 8, 8))
+    assert [module.training for module in model] == [True, False, True]
+    assert not converted.model[1].training

@@ -33,9 +33,10 @@ class HeadAttention(nn.Module):
         biases: tuple[Tensor | None, ...] = (None, None, None)
         if original.in_proj_bias is not None:
             biases = original.in_proj_bias.detach().chunk(3)
-        self.q, self.k, self.v = (_linear(*pair) for pair in zip(weights, biases, strict=True))
         out = original.out_proj
-        self.out = _linear(out.weight.detach(), None if out.bias is None else out.bias.detach())
+        learns = out.weight.requires_grad
+        self.q, self.k, self.v = (_linear(*pair, learns) for pair in zip(weights, biases, strict=True))
+        self.out = _linear(out.weight, out.bias, learns)
         self.train(original.training)
 
     @property
@@ -60,10 +61,7 @@ class HeadAttention(nn.Module):
         parts = [layer(x) for layer, x in ((self.q, query), (self.k, key), (self.v, value))]
         if not batched:
             parts = [part[None] for part in parts]
-        q, k, v = (
-            (part if first else part.transpose(0, 1)).unflatten(-1, (-1, self.head_dim)) for part in parts
-        )
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        q, k, v = (self._by_head(part if first else part.transpose(0, 1)) for part in parts)
         mask = self._mask(q, attn_mask, key_padding_mask)
         weights = None
         dropout = self.dropout if self.training else 0.0
@@ -81,7 +79,7 @@ class HeadAttention(nn.Module):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """[batch, positions, heads * head_dim] to [batch, heads, positions, head_dim]."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _mask(self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """What is added to the scores, broadcastable to [batch, heads, queries, keys]."""
@@ -187,11 +185,11 @@ def _shift_mask(x: Tensor, rows: int, columns: int, shifts: list[int]) -> Tensor
     return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, -100.0)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.clone())
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad)
     return layer
 
 
@@ -210,11 +208,18 @@ def open_attention_(model: nn.Module, names: Collection[str] | None = None) -> N
     Args:
         names: of the modules; None takes all. One that is opened already stays.
     """
-    for name, module in list(model.named_modules()):
-        opened = _open(module) if name and (names is None or name in names) else None
-        if opened is not None:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, opened)
+    replaced: dict[int, nn.Module | None] = {}  # one module may stand under several names
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and (names is None or name in names):
+            if id(module) not in replaced:
+                replaced[id(module)] = _open(module)
+            opened = replaced[id(module)]
+            if opened is not None:
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, opened)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # its shortcut reads the weights past the layers
 
 
 def _open(module: nn.Module) -> nn.Module | None:

@@ -15,7 +15,7 @@ from vbdcompress.attention import open_attention_
 from vbdcompress.errors import ConvertError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.gating import Cost, channel_costs, convert_channels_, fold_gate_
-from vbdcompress.inputs import Inputs, call, map_tensors, shapes_of
+from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, shapes_of
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan
 from vbdcompress.surgery.verify import find_groups
@@ -50,7 +50,7 @@ class Converted:
     def undo(self) -> nn.Module:
         """A plain network again, a copy: the original where nothing was trained since.
 
-        Exact, but for attention in channels mode: that stays opened, the same function to rounding.
+        Exact, but for attention: that stays opened, the same function to rounding.
         """
         return self.plain(float("inf"))
 
@@ -108,8 +108,9 @@ def convert(
             "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations.",
         ) from error
     example = map_tensors(example, lambda tensor: tensor.detach().cpu())
-    if mode == "channels":
-        open_attention_(converted)
+    names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
+    open_attention_(converted, [name for name in names if not _is_skipped_in_part(name, skip)])
+    called |= {name for name, _ in converted.named_modules()} - set(names)
     scan = find_groups(converted, example, features=prune_inputs)
     scan = GroupScan(tuple(_leave_skipped(scan.groups, skip)), scan.failure)
     start = LOG_SIGMA2[mode] if log_sigma2 is None else log_sigma2
@@ -151,15 +152,13 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             bad = int((~parameter.isfinite()).sum())
             raise ConvertError("convert", f"parameter '{name}' holds {bad} NaN or infinite values.")
-    was_training = model.training
-    model.eval()
     called: set[str] = set()
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
         for name, module in model.named_modules()
     ]
     try:
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             call(model, to_device(example, device_of(model)))
     except TRACE_ERRORS as error:
         raise ConvertError(
@@ -170,8 +169,12 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     return called
+
+
+def _is_skipped_in_part(name: str, skip: Sequence[str]) -> bool:
+    """Whether a module, or anything in it, is to be left: then its layers keep their names."""
+    return matches_skip(name, skip) or any(entry.startswith(name + ".") for entry in skip)
 
 
 def _shapes(example: Inputs) -> str:

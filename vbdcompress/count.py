@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, batch_size, call
+from vbdcompress.inputs import Inputs, batch_size, call, in_eval_mode
 from vbdcompress.records import LayerSize, Size
 
 FLOAT_BYTES = 4
@@ -45,11 +45,8 @@ def layer_sizes(model: nn.Module, example: Inputs) -> tuple[LayerSize, ...]:
 def _count_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
     """Innermost module -> MACs of one example: half the FLOPs that torch counts."""
     counter = _ByModule(model)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), counter.hooks(), counter.mode:
+    with in_eval_mode(model), torch.no_grad(), counter.hooks(), counter.mode:
         call(model, to_device(example, device_of(model)))
-    model.train(was_training)
     batch = batch_size(example)
     return {name: flops // (2 * batch) for name, flops in counter.flops.items()}
 
@@ -115,11 +112,8 @@ def uncounted_ops(model: nn.Module, example: Inputs) -> tuple[str, ...]:
 
     Pointwise operations and views are not named: they have no multiply-accumulates to speak of.
     """
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), _OpNames() as seen:
+    with in_eval_mode(model), torch.no_grad(), _OpNames() as seen:
         call(model, to_device(example, device_of(model)))
-    model.train(was_training)
     return tuple(sorted(seen.names - _DATA_MOVES))
 
 

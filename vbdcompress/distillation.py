@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from vbdcompress.attention import open_attention_
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.evaluation import Loss
+from vbdcompress.inputs import in_eval_mode
 
 AT_ONCE = 1000
 
@@ -44,7 +46,8 @@ class DistillationLoss:
 @torch.no_grad()
 def outputs_of(teacher: nn.Module, inputs: Tensor) -> Tensor:
     """The teacher's outputs for a whole set in memory, [n, classes, ...]."""
-    return torch.cat([teacher(part) for part in torch.split(inputs, AT_ONCE)])
+    with in_eval_mode(teacher):
+        return torch.cat([teacher(part) for part in torch.split(inputs, AT_ONCE)])
 
 
 def teach(
@@ -58,6 +61,7 @@ def teach(
     if teacher is None or config.distill_share == 0:
         return loss, batches, None
     teacher = copy.deepcopy(teacher).to(fabric.device).eval()
+    open_attention_(teacher)  # the same function, by its layers
     distilled = DistillationLoss(loss, config.distill_share, config.temperature)
     views = batches.views if isinstance(batches, TensorBatches) else None
     if views is not None and views <= max(1, config.epochs):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbdcompress.errors import DataError
-from vbdcompress.inputs import call, map_tensors
+from vbdcompress.inputs import call, in_eval_mode, map_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 Metric = Callable[[Any, Any], Tensor]
@@ -63,14 +63,13 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
     Raises:
         DataError: no batch came.
     """
-    device, was_training = device_of(model), model.training
-    model.eval()
+    device = device_of(model)
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for inputs, target in batches:
-        errors = metric(call(model, to_device(inputs, device)), to_device(target, device))
-        total += errors.double().sum()
-        count += errors.numel()
-    model.train(was_training)
+    with in_eval_mode(model):
+        for inputs, target in batches:
+            errors = metric(call(model, to_device(inputs, device)), to_device(target, device))
+            total += errors.double().sum()
+            count += errors.numel()
     if count == 0:
         raise DataError("evaluation", "the set is empty: no batch came.")
     return 100.0 * float(total) / count

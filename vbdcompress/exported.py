@@ -54,20 +54,22 @@ def from_exported(program: ExportedProgram) -> nn.Module:
     graph_module: Any = program.module()
     graph = graph_module.graph
     root = nn.Module()
-    found = 0
+    found: dict[str, Any] = {}  # layer's name -> the operation and its arguments but for the input
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             graph.erase_node(node)
         elif node.op == "call_function":
+            _check_eval(node)
             layer, name = _layer_of(graph_module, node)
-            if layer is not None:
+            told = (node.target, node.args[1:])
+            # a weight that is used in two ways is no layer's
+            if layer is not None and found.setdefault(name, told) == told:
                 _place(root, name, layer)
                 with graph.inserting_before(node):
                     called = graph.call_module(name, (node.args[0],))
                 called.meta = dict(node.meta)
                 node.replace_all_uses_with(called)
                 graph.erase_node(node)
-                found += 1
             else:
                 node.target = _IN_PLACE.get(node.target, _BY_NAME.get(node.target, node.target))
     if not found:
@@ -77,14 +79,27 @@ def from_exported(program: ExportedProgram) -> nn.Module:
     return fx.GraphModule(root, graph).eval()
 
 
+def _check_eval(node: fx.Node) -> None:
+    """Raise LoadError for what behaves otherwise in training, exported as it was there."""
+    places: dict[Any, int] = {aten.dropout.default: 2, aten.batch_norm.default: 5}
+    place = places.get(node.target)
+    if place is not None and node.args[place] is True:
+        raise LoadError(
+            "exported program",
+            f"was exported in training mode ('{node.name}' is active).",
+            "Export it from model.eval().",
+        )
+
+
 def _check_batch(program: ExportedProgram) -> None:
     inputs = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if node.name in inputs and isinstance(value, Tensor) and isinstance(value.shape[0], int):
+        batch = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+        if node.name in inputs and isinstance(batch, int):
             raise LoadError(
                 "exported program",
-                f"takes batches of {value.shape[0]} alone (input '{node.name}').",
+                f"takes batches of {batch} alone (input '{node.name}').",
                 'Export it with a dynamic batch: dynamic_shapes=({0: torch.export.Dim("batch")},)',
             )
 

@@ -1,6 +1,7 @@
 """What a network is given: one tensor, several in a tuple or list, or a dict of them by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,25 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each is back in its own, frozen norms too.
+
+    Without torch's shortcut for transformers, which in eval mode reads weights past the layers, counts no
+    MACs, and makes nested tensors.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    shortcut = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(shortcut)
+        for module, mode in modes:
+            module.training = mode
 
 
 def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:

@@ -16,9 +16,10 @@ from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, map_tensors
 from vbdcompress.records import CurvePoint, GroupRow, Selection, Size
+from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
-from vbdcompress.surgery.verify import EXACT, flatten_output, relative_difference
+from vbdcompress.surgery.verify import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import set_threshold_
 
 # Thresholds of log_alpha at which the curve is measured; the literature's is 3
@@ -63,11 +64,19 @@ def slim(converted: Converted, threshold: float | None = None) -> Slim:
     set_threshold_(gated, chosen)
     masked = replace(converted, model=gated).plain(chosen)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
+    probes = [_runnable(gated, converted.example, seed) for seed in (0, 1)]
     for fold in (True, False):
         model = copy.deepcopy(masked)
-        plan = plan_removal_(model, converted.scan.removable, _probes(converted.example, 0), fold=fold)
-        apply_plan_(model, plan)
-        difference = _difference(gated, model, _probes(converted.example, 1))
+        try:
+            plan = plan_removal_(model, converted.scan.removable, probes[0], fold=fold)
+            apply_plan_(model, plan)
+            difference = _difference(gated, model, probes[1])
+        except TRACE_ERRORS as error:
+            raise SlimError(
+                "slim",
+                f"the cut network can't run: {type(error).__name__}: {error}",
+                "This is a defect: please report it. Until then: --skip the layers at fault.",
+            ) from error
         if difference <= EXACT:
             break  # else what looked constant on the probes was not: once more without folding
     else:
@@ -83,17 +92,45 @@ def slim(converted: Converted, threshold: float | None = None) -> Slim:
     return Slim(model.eval(), plan, rows, chosen)
 
 
+def _runnable(model: nn.Module, example: Inputs, seed: int) -> Inputs:
+    """Wide inputs; the example alone where the network can't run them: some sizes and ids are fixed."""
+    probes = _probes(example, seed)
+    try:
+        with torch.no_grad():
+            outputs = flatten_output(call(model, probes))
+    except TRACE_ERRORS:
+        return map_tensors(example, as_double)
+    finite = all(bool(output.isfinite().all()) for output in outputs if output.is_floating_point())
+    return probes if finite else map_tensors(example, as_double)
+
+
 def _probes(example: Inputs, seed: int) -> Inputs:
-    """The example and, where inputs are numbers, noise at its scale and far beyond; float64."""
+    """The example beside inputs as unlike it as can be, float64: what looks constant on all of them is.
+
+    Numbers: noise at their scale and far beyond. Masks: entries of the example's switched off.
+    Names of tokens: others of the same range.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def widen(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or bool(((tensor == 0) | (tensor == 1)).all()):
-            return torch.cat([tensor] * 3)  # names of tokens, or a mask
-        real = tensor.double()
-        noise = torch.randn((2, *real.shape), generator=generator, dtype=torch.float64)
-        scale = real.std() if real.numel() > 1 else torch.ones(())
-        return torch.cat([real, real.mean() + scale * noise[0], 5 * scale * noise[1]])
+        if bool(((tensor == 0) | (tensor == 1)).all()) and tensor.dim() > 1:
+            off = torch.rand((2, *tensor.shape), generator=generator) < torch.tensor([0.5, 0.1]).view(
+                2, *[1] * tensor.dim()
+            )
+            off[..., 0] = False  # or a mask might leave nothing
+            parts = [tensor, *(tensor * ~part for part in off)]
+        elif tensor.is_floating_point() and tensor.dim():
+            real = tensor.double()
+            noise = torch.randn((2, *real.shape), generator=generator, dtype=torch.float64)
+            scale = real.std() if real.numel() > 1 else torch.ones(())
+            parts = [real, real.mean() + scale * noise[0], 5 * scale * noise[1]]
+        elif tensor.dim():
+            low, high = int(tensor.min()), int(tensor.max())
+            drawn = torch.randint(low, high + 1, (2, *tensor.shape), generator=generator)
+            parts = [tensor, *drawn.to(tensor.dtype)]
+        else:
+            return as_double(tensor)
+        return as_double(torch.cat(parts))
 
     return map_tensors(example, widen)
 

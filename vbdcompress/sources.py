@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import DataError
-from vbdcompress.inputs import Inputs, call, tensors_of
+from vbdcompress.inputs import Inputs, call, in_eval_mode, tensors_of
 from vbdcompress.records import InputSpec
 from vbdcompress.reporting.build import DataRecord
 
@@ -76,7 +76,7 @@ def _describe(batch: Any) -> str:
 
 def check_labels(model: nn.Module, samples: Inputs, sources: Sources) -> None:
     """Raise DataError where a label has no logit. Only for sets in memory: others show it as they go."""
-    with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         output = call(model, samples)
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise DataError(

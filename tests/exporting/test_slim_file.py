@@ -116,3 +116,18 @@ def test_load_slim_tells_modules_their_version(tmp_path):
     save_slim(tmp_path / "slim.safetensors", model, SlimFile((), None, {}, None, InputSpec((4,))))
     loaded = load_slim(tmp_path / "slim.safetensors", Versioned(nn.Linear(4, 3)))
     assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def test_names_that_end_like_packed_ones_are_kept_apart(tmp_path):
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.Parameter(torch.zeros(40))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mem = Memory()
+
+    save_slim(tmp_path / "slim.safetensors", Network(), SlimFile((), None, {}, None, InputSpec((4,))))
+    assert load_slim(tmp_path / "slim.safetensors", Network()).mem.values.count_nonzero() == 0

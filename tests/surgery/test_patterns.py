@@ -63,6 +63,36 @@ def concat_of_several() -> nn.Module:
     return Pattern(forward, a=conv(3, 6), b=conv(3, 4), c=conv(19, 5), head=nn.Linear(5, 4))
 
 
+def scale_of_two() -> nn.Module:
+    """One parameter with an entry for each channel of two groups."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.cat([m.a(x), m.b(x)], 1).relu() * m.scale
+        return m.head(pool(m.c(y).relu()))
+
+    model = Pattern(forward, a=conv(3, 7), b=conv(3, 5), c=conv(12, 6), head=nn.Linear(6, 4))
+    model.scale = nn.Parameter(torch.rand(1, 12, 1, 1))
+    return model
+
+
+def halves_of_two() -> nn.Module:
+    """Two groups that are right one by one, and not together unless each loses as many."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        left, right = torch.cat([m.a(x), m.b(x)], 1).relu().chunk(2, 1)
+        return m.head(pool(m.c(left).relu() + m.d(right).relu()))
+
+    return Pattern(forward, a=conv(3, 6), b=conv(3, 6), c=conv(6, 5), d=conv(6, 5), head=nn.Linear(5, 4))
+
+
+def last_channels() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        return m.head(pool(m.b(torch.cat([y, y[:, -2:]], 1)).relu()))
+
+    return Pattern(forward, a=conv(3, 8), b=conv(10, 5), head=nn.Linear(5, 4))
+
+
 def view_before_linear() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = F.max_pool2d(m.a(x).relu(), 4)
@@ -214,7 +244,7 @@ def encoder() -> nn.Module:
         y = m.block(m.a(x).flatten(2).transpose(1, 2))
         return m.head(y.mean(1))
 
-    block = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
+    block = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True)
     return Pattern(forward, a=conv(3, 12, stride=2), block=block, head=nn.Linear(12, 4))
 
 
@@ -325,6 +355,9 @@ PATTERNS = {
         concat_with_itself,
         used_before_its_layer,
         concat_of_several,
+        scale_of_two,
+        halves_of_two,
+        last_channels,
         view_before_linear,
         pixel_shuffle,
         reshape_before_transposed,
@@ -389,6 +422,9 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "concat_with_itself": {"a": 6, "b": 5},
     "used_before_its_layer": {"a": 6, "b": 4, "c": 3, "d": 5},
     "concat_of_several": {"a": 6, "b": 4, "c": 5},
+    "scale_of_two": {"a": 7, "b": 5, "c": 6},
+    "halves_of_two": {"a": "can't run without", "c": 5},
+    "last_channels": {"b": 5},
     "view_before_linear": {"a": 6, "fc": 10},
     "pixel_shuffle": {"a": 4, "b": 6},  # four channels of `a` make one of its reader's
     "reshape_before_transposed": {"fc": "can't run without some of its channels", "up": 5},
@@ -403,7 +439,7 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "used_twice": {"a": 6, "c": 5},
     "bare_parameter": {"a": 6, "b": 5},
     "bare_matrix": {"a": "mixes its channels", "b": 5},
-    "encoder": {"a": "LayerNorm mixes", "block.linear1": 16, "block.self_attn.q": 3},
+    "encoder": {"a": "LayerNorm mixes", "block.linear1": 16, "block.self_attn.q": 2},
     "fused_qkv": {"a": 12, "attn.qkv": 3},
     "dict_of_outputs": {"a": 6, "one": "output of the network", "b": 5},
     "group_norm": {"a": "GroupNorm mixes", "b": 5},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vbdcompress.errors import ExportError
 from vbdcompress.files import replacing
-from vbdcompress.inputs import Inputs, call, map_tensors, resize, shapes_of, tensors_of
+from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, resize, shapes_of, tensors_of
 from vbdcompress.records import ExportCheck
 from vbdcompress.surgery.verify import flatten_output, relative_difference
 
@@ -82,7 +82,7 @@ def _write_checked(model: nn.Module, path: Path, samples: Inputs, input_name: st
     tensors = tensors_of(resize(samples, 2))
     batch = torch.export.Dim("batch")
     try:
-        with _quiet_exporter():
+        with in_eval_mode(model), _quiet_exporter():
             program: Any = torch.onnx.export(
                 model if isinstance(samples, Tensor) else _Positional(model, samples),
                 tuple(tensors),
@@ -198,7 +198,7 @@ def compare_with_torch(
     worst = 0.0
     for size in batch_sizes:
         batch = resize(samples, size)
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             expected = flatten_output(call(model, batch))
         found = [torch.from_numpy(np.asarray(output)) for output in run_session(session, batch)]
         worst = max(worst, relative_difference(expected, found))

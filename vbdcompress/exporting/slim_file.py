@@ -109,11 +109,8 @@ def read_slim(path: Path) -> tuple[SlimFile, dict[str, Tensor]]:
 
 
 def _unpack(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    tensors = {
-        name: tensor
-        for name, tensor in stored.items()
-        if name.removesuffix(MASK).removesuffix(VALUES) not in shapes
-    }
+    packed = {name + suffix for name in shapes for suffix in (MASK, VALUES)}
+    tensors = {name: tensor for name, tensor in stored.items() if name not in packed}
     for name, shape in shapes.items():
         values = stored[name + VALUES]
         dense = values.new_zeros(int(np.prod(shape)))

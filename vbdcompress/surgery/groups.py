@@ -4,7 +4,7 @@ Two channels that meet at one position of anything, by a sum, a softmax or a res
 where channels meet is found by `probe`, from the derivatives of what lies between the layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,11 +120,16 @@ def trace_groups(model: nn.Module, example: Inputs, *, features: bool = False, s
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _trace(model, map_tensors(example, _beside_noise), features)
+        scan = _trace(model, example, _beside_noise, features)
+        # some networks take nothing but the example: ids, or a fixed number of examples
+        return scan if scan.failure is None else _trace(model, example, _as_leaf, features)
 
 
-def _trace(model: nn.Module, given: Inputs, features: bool) -> GroupScan:
+def _trace(
+    model: nn.Module, example: Inputs, prepare: Callable[[Tensor], Tensor], features: bool
+) -> GroupScan:
     try:
+        given = map_tensors(example, prepare)
         recording = record(model, given, _role_of)
         ties = _Ties()
         for reading in recording.readings:
@@ -145,6 +150,11 @@ def _beside_noise(tensor: Tensor) -> Tensor:
         return torch.cat([tensor] * 3)
     wide = torch.cat([tensor, torch.randn_like(tensor), 5 * torch.randn_like(tensor)])
     return wide.requires_grad_()  # what depends on it, and on no layer, reads the network's input
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    plain = tensor.detach().clone()
+    return plain.requires_grad_() if plain.is_floating_point() else plain
 
 
 def _role_of(module: nn.Module) -> Role | None:

@@ -6,7 +6,7 @@ alone; the one thing measured is the value of that constant behind norms and act
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -237,7 +237,7 @@ def _plan_from(state: _Liveness) -> RemovalPlan:
 class _Beside:
     """What of a module changes beside its layers, as in LayerCut."""
 
-    parameters: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
 
 
@@ -249,7 +249,8 @@ def _beside_layers(state: _Liveness) -> dict[str, _Beside]:
             continue
         for parameter in group.parameters:
             owner, _, own = parameter.layer.rpartition(".")
-            kept = np.setdiff1d(np.arange(len(parameter.index)), parameter.positions(gone))
+            _, before = found[owner].parameters.get(own, (parameter.dim, range(len(parameter.index))))
+            kept = np.setdiff1d(np.array(before), parameter.positions(gone))
             found[owner].parameters[own] = (parameter.dim, _tuple(kept))
         for member in group.writers:
             owner = member.layer.rpartition(".")[0]

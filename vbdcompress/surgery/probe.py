@@ -76,11 +76,11 @@ class _Smooth(TorchFunctionMode):
     """Activations that clip become a scaling, attention a sum: what depends on what stays the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
+        if func is nn.functional.scaled_dot_product_attention and not (kwargs or {}).get("enable_gqa"):
             return _attend(*args, **(kwargs or {}))
         if func in _CLIPPING_ or (func in _CLIPPING and (kwargs or {}).get("inplace")):
             return args[0].mul_(0.9)
-        if func in _CLIPPING:
+        if func in _CLIPPING and args[0].is_floating_point():
             return args[0] * 0.9
         return func(*args, **(kwargs or {}))
 

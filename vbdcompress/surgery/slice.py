@@ -1,6 +1,6 @@
 """Cutting positions out of layers, in place, and the plan that says which."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class LayerCut:
     new_bias: bool = False
     opened: bool = False
     attributes: Mapping[str, int] | None = None
-    parameters: Mapping[str, tuple[int, tuple[int, ...]]] | None = None
+    parameters: Mapping[str, tuple[int, Sequence[int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RemovalPlan:
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain JSON types; leaves out what is not cut."""
         return {
-            name: {key: value for key, value in asdict(cut).items() if value and value != ()}
+            name: {key: value for key, value in asdict(cut).items() if value}
             for name, cut in self.cuts.items()
         }
 
@@ -152,11 +152,11 @@ def _cut_conv_(layer: _ConvNd, cut: LayerCut) -> None:
     layer.in_channels, layer.out_channels = layer.groups * inputs, layer.groups * outputs
 
 
-def _select_(layer: nn.Module, name: str, dim: int, kept: tuple[int, ...] | None) -> None:
+def _select_(layer: nn.Module, name: str, dim: int, kept: Sequence[int] | None) -> None:
     tensor = getattr(layer, name, None)
     if kept is None or tensor is None:
         return
-    index = torch.tensor(kept, dtype=torch.int64, device=tensor.device)
+    index = torch.tensor(list(kept), dtype=torch.int64, device=tensor.device)
     selected = tensor.detach().index_select(dim, index).contiguous()
     if isinstance(tensor, nn.Parameter):
         setattr(layer, name, nn.Parameter(selected, requires_grad=tensor.requires_grad))

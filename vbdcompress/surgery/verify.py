@@ -39,7 +39,8 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
     scan = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
     if not scan.removable:
         return scan
-    for masks in (_random_masks(scan.removable, seed), _leading_masks(scan.removable)):
+    for draw in (_random_masks, _leading_masks, _uneven_masks):
+        masks = draw(scan.removable, seed)
         trusted = scan.removable
         wrong = dict(_find_wrong(trial, inputs, trusted, masks)) if trusted else {}
         groups = (group.whole(wrong[group.name]) if group.name in wrong else group for group in scan.groups)
@@ -73,8 +74,8 @@ def _random_copy(model: nn.Module, seed: int) -> nn.Module:
     trial = copy.deepcopy(model).cpu().double().eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in trial.parameters():
-        parameter.requires_grad_(True)
         if parameter.is_floating_point():
+            parameter.requires_grad_(True)
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.data = noise / fan_in**0.5 if parameter.dim() > 1 else 1 + 0.3 * noise
@@ -89,9 +90,19 @@ def _random_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]
     return {group.name: np.sort(generator.permutation(group.size)[: _trial_count(group)]) for group in groups}
 
 
-def _leading_masks(groups: Sequence[ChannelGroup]) -> dict[str, Index]:
+def _leading_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]:
     """The first channels of each group: code that takes channels in halves survives an even cut only."""
     return {group.name: np.arange(_trial_count(group)) for group in groups}
+
+
+def _uneven_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]:
+    """The last channels, another share of each group: groups that must lose as many are found out."""
+    shares = np.random.default_rng(seed + 1).uniform(0.1, 0.9, len(groups))
+    counts = (min(max(1, round(share * g.size)), g.size - 1) for share, g in zip(shares, groups, strict=True))
+    return {
+        group.name: np.arange(group.size - count, group.size)
+        for group, count in zip(groups, counts, strict=True)
+    }
 
 
 def _trial_count(group: ChannelGroup) -> int:
@@ -109,8 +120,19 @@ def _find_wrong(
         yield groups[0].name, reason
         return
     middle = len(groups) // 2
+    wrong: dict[str, str] = {}
     for half in (groups[:middle], groups[middle:]):
-        yield from _find_wrong(model, inputs, half, masks)
+        wrong |= dict(_find_wrong(model, inputs, half, masks))
+    rest = [group for group in groups if group.name not in wrong]
+    if rest and (together := _try_groups(model, inputs, rest, masks)) is not None:
+        # each half is right by itself: groups that only go together, found one by one
+        kept: list[ChannelGroup] = []
+        for group in rest:
+            if _try_groups(model, inputs, [*kept, group], masks) is None:
+                kept.append(group)
+            else:
+                wrong[group.name] = together
+    yield from wrong.items()
 
 
 @torch.no_grad()
@@ -174,7 +196,11 @@ def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> 
         return float("inf")
     worst = 0.0
     for one, other in zip(expected, found, strict=True):
-        scale = float(one.detach().abs().max()) or 1.0
-        difference = float((one.detach().double() - other.detach().double()).abs().max())
+        if not one.numel():
+            continue
+        left, right = one.detach().double(), other.detach().double()
+        equal = (left == right) | (left.isnan() & right.isnan())  # a mask's infinities too
+        difference = float(torch.where(equal, 0.0, left - right).abs().max())
+        scale = float(torch.where(left.isfinite(), left, 0.0).abs().max()) or 1.0
         worst = max(worst, difference / scale if np.isfinite(difference) else float("inf"))
     return worst
