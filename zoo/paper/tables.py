@@ -75,7 +75,8 @@ def _run(row: Row, method: str, seed: int, data_root: Path, result: Path) -> Non
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
     """What the tables show of a report."""
     after, before = report["size"]["after"], report["size"]["before"]
-    kept = {group["name"]: group["kept"] for stage in report["stages"] for group in stage["groups"]}
+    groups = [group for stage in report["stages"] for group in stage["groups"]]
+    kept = {group["name"]: group["kept"] for group in groups if group["whole_because"] is None}
     return {
         "test_error": report["errors"]["test"]["after"],
         "dense_test_error": report["errors"]["test"]["before"],
