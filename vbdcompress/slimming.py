@@ -64,7 +64,7 @@ def slim(converted: Converted, threshold: float | None = None) -> Slim:
     set_threshold_(gated, chosen)
     masked = replace(converted, model=gated).plain(chosen)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
-    probes = [_runnable(gated, converted.example, seed) for seed in (0, 1)]
+    probes = _probes_for(gated, converted.example)
     for fold in (True, False):
         model = copy.deepcopy(masked)
         try:
@@ -92,16 +92,17 @@ def slim(converted: Converted, threshold: float | None = None) -> Slim:
     return Slim(model.eval(), plan, rows, chosen)
 
 
-def _runnable(model: nn.Module, example: Inputs, seed: int) -> Inputs:
-    """Wide inputs; the example alone where the network can't run them: some sizes and ids are fixed."""
-    probes = _probes(example, seed)
+def _probes_for(model: nn.Module, example: Inputs) -> tuple[Inputs, Inputs]:
+    """Two sets of probes; the example alone where the network can't run them: sizes or ids may be fixed."""
+    wide = _probes(example, 0), _probes(example, 1)
+    plain = map_tensors(example, as_double)
     try:
         with torch.no_grad():
-            outputs = flatten_output(call(model, probes))
+            outputs = flatten_output(call(model, wide[0]))
     except TRACE_ERRORS:
-        return map_tensors(example, as_double)
+        return plain, plain
     finite = all(bool(output.isfinite().all()) for output in outputs if output.is_floating_point())
-    return probes if finite else map_tensors(example, as_double)
+    return wide if finite else (plain, plain)
 
 
 def _probes(example: Inputs, seed: int) -> Inputs:

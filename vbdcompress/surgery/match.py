@@ -52,14 +52,13 @@ class Flow:
     source: Source
     slope: Tensor
 
-    def steps(self, sizes: Tensor) -> Tensor:
-        """Random steps of all values, of a size for each place."""
-        step = torch.randn_like(self.source.values)
+    def steps(self, direction: Tensor, sizes: Tensor) -> Tensor:
+        """Steps of all values in a direction, of a size for each place."""
         if self.source.dim is None:
-            return step * sizes
-        shape = [1] * step.dim()
+            return direction * sizes
+        shape = [1] * direction.dim()
         shape[self.source.dim] = self.source.count
-        return step * sizes.view(shape)
+        return direction * sizes.view(shape)
 
 
 def reaching_channels(source: Source, slope: Tensor) -> list[int]:
@@ -107,15 +106,10 @@ def match_parameter(
     return None
 
 
-def _along(flows: Sequence[Flow], sizes: Sequence[Tensor], cotangent: Tensor, dim: int) -> Tensor:
-    """[positions, everything]: how a reading moves when its sources take steps of the given sizes."""
-    # the same steps for all three sizes of a match
+def _along(flows: Sequence[Flow], steps: Sequence[Tensor], cotangent: Tensor, dim: int) -> Tensor:
+    """[positions, everything]: how a reading moves when its sources take the given steps."""
     (moved,) = torch.autograd.grad(
-        [flow.slope for flow in flows],
-        cotangent,
-        [flow.steps(size) for flow, size in zip(flows, sizes, strict=True)],
-        retain_graph=True,
-        allow_unused=True,
+        [flow.slope for flow in flows], cotangent, steps, retain_graph=True, allow_unused=True
     )
     moved = torch.zeros_like(cotangent) if moved is None else moved
     return moved.movedim(dim, 0).flatten(1)
@@ -133,12 +127,11 @@ def _match_single(
     count = sum(counts)
     numbers = torch.arange(1, count + 1, dtype=cotangent.dtype)
     marks = 1 + torch.rand(count, dtype=cotangent.dtype)
-    seed = int(torch.randint(2**31, ()))
+    directions = [torch.randn_like(flow.source.values) for flow in flows]
 
     def along(sizes: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # each time the same directions
-            return _along(flows, torch.split(sizes, counts), cotangent, dim)
+        parts = zip(flows, directions, torch.split(sizes, counts), strict=True)
+        return _along(flows, [flow.steps(*part) for flow, *part in parts], cotangent, dim)
 
     plain, numbered, marked = (along(sizes) for sizes in (torch.ones_like(numbers), numbers, marks))
     strongest = plain.abs().argmax(1, keepdim=True)
@@ -178,7 +171,8 @@ def _components(
             found = set(reaching_channels(source, slope))
             steps = torch.zeros(source.count, dtype=picked.dtype)
             steps[sorted(found)] = 1 + torch.rand(len(found), dtype=picked.dtype)
-            moved = _along([flow], [steps], cotangent, dim).abs().amax(1)
+            taken = flow.steps(torch.randn_like(source.values), steps)
+            moved = _along([flow], [taken], cotangent, dim).abs().amax(1)
             reached = set(torch.nonzero(moved > NONE * moved.max()).flatten().tolist()) | members
             if found == channels and reached == members:
                 break

@@ -42,7 +42,8 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
     for draw in (_random_masks, _leading_masks, _uneven_masks):
         masks = draw(scan.removable, seed)
         trusted = scan.removable
-        wrong = dict(_find_wrong(trial, inputs, trusted, masks)) if trusted else {}
+        last = draw is _uneven_masks
+        wrong = dict(_find_wrong(trial, inputs, trusted, masks, training=last)) if trusted else {}
         groups = (group.whole(wrong[group.name]) if group.name in wrong else group for group in scan.groups)
         scan = GroupScan(tuple(groups))
     return scan
@@ -110,10 +111,15 @@ def _trial_count(group: ChannelGroup) -> int:
 
 
 def _find_wrong(
-    model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup], masks: dict[str, Index]
+    model: nn.Module,
+    inputs: Inputs,
+    groups: Sequence[ChannelGroup],
+    masks: dict[str, Index],
+    *,
+    training: bool,
 ) -> Iterator[tuple[str, str]]:
     """(name, reason) of each group that can't be cut without changing the output."""
-    reason = _try_groups(model, inputs, groups, masks)
+    reason = _try_groups(model, inputs, groups, masks, training=training)
     if reason is None:
         return
     if len(groups) == 1:
@@ -122,13 +128,14 @@ def _find_wrong(
     middle = len(groups) // 2
     wrong: dict[str, str] = {}
     for half in (groups[:middle], groups[middle:]):
-        wrong |= dict(_find_wrong(model, inputs, half, masks))
+        wrong |= dict(_find_wrong(model, inputs, half, masks, training=training))
     rest = [group for group in groups if group.name not in wrong]
-    if rest and (together := _try_groups(model, inputs, rest, masks)) is not None:
+    together = _try_groups(model, inputs, rest, masks, training=training) if rest else None
+    if together is not None:
         # each half is right by itself: groups that only go together, found one by one
         kept: list[ChannelGroup] = []
         for group in rest:
-            if _try_groups(model, inputs, [*kept, group], masks) is None:
+            if _try_groups(model, inputs, [*kept, group], masks, training=training) is None:
                 kept.append(group)
             else:
                 wrong[group.name] = together
@@ -137,9 +144,18 @@ def _find_wrong(
 
 @torch.no_grad()
 def _try_groups(
-    model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup], masks: dict[str, Index]
+    model: nn.Module,
+    inputs: Inputs,
+    groups: Sequence[ChannelGroup],
+    masks: dict[str, Index],
+    *,
+    training: bool,
 ) -> str | None:
-    """Mask and cut the groups on a copy; why the result differs, or None where it does not."""
+    """Mask and cut the groups on a copy; why the result differs, or None where it does not.
+
+    Args:
+        training: also run the result in training mode, where other layers may be called.
+    """
     masked = copy.deepcopy(model)
     for group in groups:
         for member in group.readers:
@@ -156,7 +172,7 @@ def _try_groups(
     difference = relative_difference(expected, found)
     if difference > EXACT:
         return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"
-    told = _why_not_training(sliced, inputs)
+    told = _why_not_training(sliced, inputs) if training else None
     if told is not None and _why_not_training(masked, inputs) is None:
         return f"without some of its channels the network can't train: {told}"
     return None
