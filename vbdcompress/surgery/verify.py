@@ -156,24 +156,23 @@ def _try_groups(
     Args:
         training: also run the result in training mode, where other layers may be called.
     """
-    masked = copy.deepcopy(model)
+    trial = copy.deepcopy(model)
     for group in groups:
         for member in group.readers:
-            layer = masked.get_submodule(member.layer)
+            layer = trial.get_submodule(member.layer)
             assert isinstance(layer, Mixing)
             zero_inputs_(layer, member.positions(masks[group.name]).tolist())
     try:
-        expected = flatten_output(call(masked, inputs))
-        sliced = copy.deepcopy(masked)
-        apply_plan_(sliced, plan_removal_(sliced, groups, inputs))
-        found = flatten_output(call(sliced, inputs))
+        expected = flatten_output(call(trial, inputs))
+        apply_plan_(trial, plan_removal_(trial, groups, inputs))
+        found = flatten_output(call(trial, inputs))
     except TRACE_ERRORS as error:
         return f"the network can't run without some of its channels: {type(error).__name__}: {error}"
     difference = relative_difference(expected, found)
     if difference > EXACT:
         return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"
-    told = _why_not_training(sliced, inputs) if training else None
-    if told is not None and _why_not_training(masked, inputs) is None:
+    told = _why_not_training(trial, inputs) if training else None
+    if told is not None and _why_not_training(copy.deepcopy(model), inputs) is None:
         return f"without some of its channels the network can't train: {told}"
     return None
 

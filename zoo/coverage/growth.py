@@ -2,7 +2,7 @@
 
     python zoo/coverage/growth.py
 
-One thread; inputs of 16 x 16 for the chains, which never shrink them, 64 x 64 for the ResNets. The
+Inputs of 16 x 16 for the chains, which never shrink them, 64 x 64 for the ResNets. The
 networks take turns, a figure is the median over the turns.
 """
 
@@ -46,9 +46,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @click.command()
 @click.option("--turns", default=3, show_default=True)
-def main(turns: int) -> None:
+@click.option("--threads", default=2, show_default=True)
+def main(turns: int, threads: int) -> None:
     """Measure, print and keep in growth.json."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     taken: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for _ in range(turns):
         for name, build in NETWORKS.items():
@@ -69,7 +70,7 @@ def main(turns: int) -> None:
         click.echo(rows[-1])
     content = {
         "command": "python zoo/coverage/growth.py",
-        "device": f"one thread of a {platform.machine()} CPU",
+        "device": f"{threads} threads of a {platform.machine()} CPU",
         "torch": torch.__version__,
         "turns": turns,
         "rows": rows,
