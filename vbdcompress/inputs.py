@@ -1,6 +1,6 @@
 """What a network is given: one tensor, several in a tuple or list, or a dict of them by name."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,13 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What one of torch's layers is called with: its first argument, by place or by name."""
+    given = args[0] if args else kwargs["input"]
+    assert isinstance(given, Tensor)
+    return given
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from vbdcompress.attention import Opened
-from vbdcompress.inputs import Inputs, call
+from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.surgery.groups import ChannelGroup, Member
 from vbdcompress.surgery.slice import LayerCut, RemovalPlan
 from vbdcompress.surgery.weights import (
@@ -145,7 +145,10 @@ def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
     for name in sorted(readers):
         layer = state.model.get_submodule(name)
         hooks.append(
-            layer.register_forward_pre_hook(lambda layer, args, name=name: record(name, layer, args[0]))
+            layer.register_forward_pre_hook(
+                lambda layer, args, kwargs, name=name: record(name, layer, input_of(args, kwargs)),
+                with_kwargs=True,
+            )
         )
     try:
         call(state.model, state.example)

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from vbdcompress.inputs import Inputs, call
+from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
 from vbdcompress.surgery.weights import shares
 
@@ -150,7 +150,7 @@ def _wrap(name: str, module: nn.Module, role: Role, found: Recording) -> Callabl
     linear = isinstance(module, nn.Linear)
 
     def between(*args: Any, **kwargs: Any) -> Any:
-        _read(found, name, role, args[0], 1)
+        _read(found, name, role, input_of(args, kwargs), 1)
         if not isinstance(module, _ConvNd):
             return compute(*args, **kwargs)
         with torch.no_grad():

@@ -7,10 +7,12 @@ channel whose gate is 0 at all its readers changes nothing, whatever lies betwee
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.inputs import input_of
 from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior
 
 
@@ -101,9 +103,9 @@ class InputGate(nn.Module):
         shape[0], shape[self.dim] = values.shape
         return input * values.view(shape)
 
-    def gate_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def gate_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the reader. A bound method: a deep copy of the network gets its own."""
-        return (self(args[0]), *args[1:])
+        return (self(input_of(args, kwargs)), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
 
 
 def _find_run(row: Tensor, sizes: Sequence[int]) -> tuple[int, int] | None:
@@ -120,7 +122,7 @@ def _find_run(row: Tensor, sizes: Sequence[int]) -> tuple[int, int] | None:
 def attach_gate_(layer: nn.Module, gate: InputGate) -> None:
     """Put the gate in front of the layer, in place."""
     layer.input_gate = gate
-    layer.register_forward_pre_hook(gate.gate_input)
+    layer.register_forward_pre_hook(gate.gate_input, with_kwargs=True)
 
 
 def detach_gate_(layer: nn.Module) -> InputGate:
@@ -130,5 +132,6 @@ def detach_gate_(layer: nn.Module) -> InputGate:
     hooks = layer._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is gate]:
         del hooks[key]
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)
     del layer.input_gate
     return gate
