@@ -54,6 +54,38 @@ class Functional(nn.Module):
         return self.head(F.linear(self.first(x).relu(), self.second.weight, self.second.bias).relu())
 
 
+class Autoencoder(nn.Module):
+    """The decoder is the encoder's weight, transposed; and a penalty is computed beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lead = nn.Linear(6, 5)
+        self.first = nn.Linear(5, 9)
+        self.encoder = nn.Linear(9, 7)
+        self.wide = nn.Linear(9, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        hidden = self.encoder(self.first(self.lead(x).relu()).relu()).relu()
+        decoded = F.linear(hidden, self.encoder.weight.T)
+        return self.head(self.wide(decoded).relu()) + self.first.weight.sum()
+
+
+class ByName(nn.Module):
+    """Layers called with their input by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 9)
+        self.norm = nn.BatchNorm1d(9)
+        self.wide = nn.Linear(9, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        hidden = self.norm(input=self.first(input=x)).relu()
+        return self.head(input=self.wide(input=hidden).relu())
+
+
 class SometimesOpen(nn.Module):
     """What looks constant on many inputs is not: a second branch opens it for others."""
 
@@ -82,10 +114,10 @@ def masked_and_slim(model, mode, batch):
     return converted, slimmed, converted.model.eval()(many), slimmed.model(many)
 
 
-CASES = [(build, mode) for build in (Tied, Normed, SometimesOpen) for mode in ("weights", "channels")]
+CASES = [(build, mode) for build in (Tied, Normed, SometimesOpen, ByName) for mode in ("weights", "channels")]
 
 
-@pytest.mark.parametrize(("build", "mode"), [*CASES, (Functional, "weights")])
+@pytest.mark.parametrize(("build", "mode"), [*CASES, (Functional, "weights"), (Autoencoder, "channels")])
 def test_slim_equals_masked_on_inputs_that_it_has_not_seen(build, mode):
     torch.manual_seed(0)
     batch = torch.randn(2, 6, dtype=torch.float64)
@@ -105,6 +137,11 @@ def test_find_groups_says_why_tied_and_computed_weights_stay_whole():
     normed = {g.name: g.whole_because for g in convert(Normed(), batch).scan.groups}
     assert "is computed from others" in normed["first"]
     assert normed["wide"] is None
+    tied = {g.name: g.whole_because for g in convert(Autoencoder(), batch).scan.groups}
+    assert "changes the output" in tied["lead"]
+    assert "can't run without" in tied["first"]
+    assert tied["wide"] is None
+    assert {g.name for g in convert(ByName(), batch).scan.removable} == {"first", "wide"}
 
 
 def test_convert_samples_the_weight_of_a_layer_that_is_never_called():

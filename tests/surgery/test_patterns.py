@@ -75,6 +75,14 @@ def scale_of_two() -> nn.Module:
     return model
 
 
+def halves() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        left, right = m.a(x).relu().chunk(2, 1)
+        return m.head(pool(m.b(left).relu() + m.c(right).tanh()))
+
+    return Pattern(forward, a=conv(3, 8), b=conv(4, 6), c=conv(4, 6), head=nn.Linear(6, 4))
+
+
 def halves_of_two() -> nn.Module:
     """Two groups that are right one by one, and not together unless each loses as many."""
 
@@ -356,6 +364,7 @@ PATTERNS = {
         used_before_its_layer,
         concat_of_several,
         scale_of_two,
+        halves,
         halves_of_two,
         last_channels,
         view_before_linear,
@@ -424,7 +433,7 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "concat_of_several": {"a": 6, "b": 4, "c": 5},
     "scale_of_two": {"a": 7, "b": 5, "c": 6},
     "halves_of_two": {"a": "can't run without", "c": 5},
-    "last_channels": {"b": 5},
+    "last_channels": {"a": 6, "a (2)": "can't run without", "b": 5},
     "view_before_linear": {"a": 6, "fc": 10},
     "pixel_shuffle": {"a": 4, "b": 6},  # four channels of `a` make one of its reader's
     "reshape_before_transposed": {"fc": "can't run without some of its channels", "up": 5},
@@ -435,7 +444,9 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "squeeze_excite": {"a": 8, "down": 4, "c": 6},
     "squeeze_excite_grouped": {"a": 4, "b": 4, "down": 4},
     "channel_shuffle": {"a": "can't run without", "b": "can't run without", "c": 6},
-    "padded_shortcut": {"a": "can't run without", "b": 6},
+    # what the shortcut carries goes, its zeros are as many as the code says
+    "padded_shortcut": {"a": 4, "a (2)": "can't run without", "b": 6},
+    "halves": {"a": 4, "b": 6},  # as many of either half
     "used_twice": {"a": 6, "c": 5},
     "bare_parameter": {"a": 6, "b": 5},
     "bare_matrix": {"a": "mixes its channels", "b": 5},
@@ -460,7 +471,7 @@ def test_find_groups_says_what_can_go_and_why_the_rest_stays(name: str) -> None:
             assert told in (groups[layer].whole_because or "")
 
 
-def test_find_groups_leaves_code_that_takes_halves_whole_whatever_the_trial_masks() -> None:
+def test_find_groups_never_takes_one_half_alone_whatever_the_trial_masks() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         left, right = m.a(x).relu().chunk(2, 1)
         return m.head(pool(m.b(left).relu() + m.c(right).relu()))
@@ -471,7 +482,8 @@ def test_find_groups_leaves_code_that_takes_halves_whole_whatever_the_trial_mask
         groups = {
             group.name: group for group in find_groups(model.eval(), EXAMPLE.double(), seed=seed).groups
         }
-        assert "can't run" in (groups["a"].whole_because or "")
+        assert groups["a"].whole_because is None
+        assert groups["a"].writers[0].index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
         assert groups["b"].whole_because is None
 
 

@@ -1,7 +1,8 @@
 """Groups known to be exact: each is cut on a trial copy, and one that changes the output stays whole."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vbdcompress.inputs import Inputs, call, map_tensors
-from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan, trace_groups
+from vbdcompress.gather import GatherLinear
+from vbdcompress.inputs import Inputs, call, input_of, map_tensors
+from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, GroupScan, trace_groups
 from vbdcompress.surgery.liveness import plan_removal_
+from vbdcompress.surgery.partition import parts_of, take
 from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.walk import shared_parameters
-from vbdcompress.surgery.weights import Index, Mixing, zero_inputs_
+from vbdcompress.surgery.weights import Index, Mixing, scale_inputs_
 
 # Largest |masked - sliced| over the largest |masked|, in float64
 EXACT = 1e-10
@@ -24,9 +27,11 @@ TRIAL_SHARE = 0.3
 def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, seed: int = 0) -> GroupScan:
     """The network's channel groups, each either proven exact or left whole with the reason.
 
-    The proof: on a float64 copy with random weights, 30 % of the channels of every group are
-    masked at their readers; then they are cut, and both must give the same output. Where they do
-    not, halving finds the groups at fault: two trials where all is well, however deep the network.
+    The proof: on a float64 copy with random weights, some channels of every group are masked and the
+    others scaled, at the inputs of their readers; then that is done to the weights and the masked ones are
+    cut, and both must give the same output. Where they do not, halving finds the groups at fault: three
+    trials where all is well, however deep the network. What is at fault is tried once more in parts, see
+    `partition`.
 
     Args:
         model: plain; left as it was.
@@ -36,17 +41,52 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
     """
     trial = _random_copy(model, seed)
     inputs = map_tensors(example, as_double)
-    scan = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
-    if not scan.removable:
+    traced = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
+    scan = _try_scan(trial, inputs, traced, seed)
+    groups: list[ChannelGroup] = []
+    for before, after in zip(traced.groups, scan.groups, strict=True):
+        failed = before.whole_because is None and after.whole_because is not None
+        groups += _in_parts(trial, inputs, after, seed) if failed else [after]
+    proven = {id(group) for group in scan.groups}
+    if all(id(group) in proven for group in groups):
         return scan
+    return _try_scan(trial, inputs, GroupScan(tuple(groups)), seed)
+
+
+def _try_scan(trial: nn.Module, inputs: Inputs, scan: GroupScan, seed: int) -> GroupScan:
+    """The same groups, those whole that can't be cut."""
     for draw in (_random_masks, _leading_masks, _uneven_masks):
-        masks = draw(scan.removable, seed)
         trusted = scan.removable
+        masks = draw(trusted, seed)
         last = draw is _uneven_masks
         wrong = dict(_find_wrong(trial, inputs, trusted, masks, training=last)) if trusted else {}
         groups = (group.whole(wrong[group.name]) if group.name in wrong else group for group in scan.groups)
         scan = GroupScan(tuple(groups))
     return scan
+
+
+def _in_parts(trial: nn.Module, inputs: Inputs, group: ChannelGroup, seed: int) -> list[ChannelGroup]:
+    """A group that failed: each part that goes alone, others in equal shares where they do, and the rest."""
+    reason = group.whole_because or ""
+
+    def goes(part: ChannelGroup) -> bool:
+        alone = GroupScan((part,))
+        return bool(part.readers) and part.size > 1 and bool(_try_scan(trial, inputs, alone, seed).removable)
+
+    parts = parts_of(group)
+    single = [part for part in parts if goes(take(group, [part]))]
+    found = [[part] for part in single]
+    rest = [part for part in parts if not any(part is other for other in single)]
+    if len(rest) > 1 and len({len(part) for part in rest}) == 1 and goes(take(group, rest)):
+        found.append(rest)
+        rest = []
+    if not found:
+        return [group]
+    groups = [take(group, channels) for channels in found]
+    if rest:
+        groups.append(take(group, [np.concatenate(rest)]).whole(reason))
+    names = [group.name, *(f"{group.name} ({number})" for number in range(2, len(groups) + 1))]
+    return [replace(part, name=name) for part, name in zip(groups, names, strict=True)]
 
 
 def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
@@ -97,9 +137,12 @@ def _leading_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index
 
 
 def _uneven_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]:
-    """The last channels, another share of each group: groups that must lose as many are found out."""
+    """The last channels, another share of each group: groups that must lose as many are found out.
+
+    At least two of them: `chunk` makes its last part the smaller one, so that one alone may go from there.
+    """
     shares = np.random.default_rng(seed + 1).uniform(0.1, 0.9, len(groups))
-    counts = (min(max(1, round(share * g.size)), g.size - 1) for share, g in zip(shares, groups, strict=True))
+    counts = (min(max(2, round(share * g.size)), g.size - 1) for share, g in zip(shares, groups, strict=True))
     return {
         group.name: np.arange(group.size - count, group.size)
         for group, count in zip(groups, counts, strict=True)
@@ -157,13 +200,11 @@ def _try_groups(
         training: also run the result in training mode, where other layers may be called.
     """
     trial = copy.deepcopy(model)
-    for group in groups:
-        for member in group.readers:
-            layer = trial.get_submodule(member.layer)
-            assert isinstance(layer, Mixing)
-            zero_inputs_(layer, member.positions(masks[group.name]).tolist())
+    gates = _random_gates(trial, groups, masks)
     try:
-        expected = flatten_output(call(trial, inputs))
+        expected = _call_gated(trial, inputs, gates)
+        for layer, factors in gates.items():
+            scale_inputs_(layer, factors)
         apply_plan_(trial, plan_removal_(trial, groups, inputs))
         found = flatten_output(call(trial, inputs))
     except TRACE_ERRORS as error:
@@ -175,6 +216,43 @@ def _try_groups(
     if told is not None and _why_not_training(copy.deepcopy(model), inputs) is None:
         return f"without some of its channels the network can't train: {told}"
     return None
+
+
+def _random_gates(
+    model: nn.Module, groups: Sequence[ChannelGroup], masks: dict[str, Index]
+) -> dict[Mixing, Tensor]:
+    """Reader -> [inputs] factors: 0 for masked channels, others near 1."""
+    generator = torch.Generator().manual_seed(0)
+    gates: dict[Mixing, Tensor] = {}
+    for group in groups:
+        theta = 0.5 + torch.rand(group.size + 1, generator=generator, dtype=torch.float64)
+        theta[masks[group.name]] = 0.0
+        theta[NOT_HERE] = 1.0  # the last: of inputs that belong to other groups
+        for member in group.readers:
+            layer = model.get_submodule(member.layer)
+            assert isinstance(layer, Mixing)
+            gates[layer] = gates.get(layer, 1.0) * theta[torch.from_numpy(member.index)]
+    return gates
+
+
+def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[Mixing, Tensor]) -> list[Tensor]:
+    """The outputs with every reader's input multiplied, not its weight: that may be used elsewhere, too."""
+
+    def gate(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        assert isinstance(layer, Mixing)
+        given, factors = input_of(args, kwargs), gates[layer]
+        if isinstance(layer, GatherLinear):
+            factors = factors.new_ones(given.shape[-1]).index_copy(0, layer.input_index, factors)
+        shape = [1] * given.dim()
+        shape[-1 if isinstance(layer, nn.Linear) else 1] = len(factors)
+        return (given * factors.view(shape), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+
+    hooks = [layer.register_forward_pre_hook(gate, with_kwargs=True) for layer in gates]
+    try:
+        return flatten_output(call(model, inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
