@@ -190,3 +190,23 @@ def test_without_a_first_round_there_is_one(mode: str) -> None:
 def test_make_config_checks_the_first_round(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(values)
+
+
+def test_bits_auto_needs_a_posterior_on_each_weight():
+    with pytest.raises(ConfigError, match="bits auto asks a posterior on each weight"):
+        make_config({"bits": "auto"})
+    assert make_config({"bits": "auto", "mode": "both"}).packs
+
+
+@pytest.mark.parametrize(
+    ("options", "packs"),
+    [
+        ({}, False),
+        ({"mode": "weights"}, True),
+        ({"bits": "8"}, True),
+        ({"mode": "weights", "pack": False}, False),
+        ({"pack": True}, True),
+    ],
+)
+def test_files_are_packed_where_that_makes_them_smaller_or_as_asked(options, packs):
+    assert make_config(options).packs is packs

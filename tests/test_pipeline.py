@@ -94,10 +94,38 @@ def test_export_writes_files_that_a_stranger_can_use(result, data, tmp_path):
 
 
 def test_load_slim_of_an_export_equals_the_result(result, trained, tmp_path):
-    vbdcompress.export(result.model, tmp_path, result.samples, result.plans)
+    vbdcompress.export(result.model, tmp_path, result.files.samples, result.files.plans)
     fresh = vbdcompress.load_slim(tmp_path / "slim.safetensors", build_architecture("digits"))
     with torch.no_grad():
-        assert torch.equal(fresh(result.samples), result.model(result.samples))
+        assert torch.equal(fresh(result.files.samples), result.model(result.files.samples))
+
+
+def test_export_of_rounded_weights_is_small_and_as_good_as_the_report_says(trained, data, tmp_path):
+    rounded = compress(
+        trained.model,
+        loader_of(data.train),
+        validation=loader_of(data.validation, shuffle=False),
+        test=loader_of(data.test, shuffle=False),
+        mode="weights",
+        epochs=6,
+        finetune_epochs=2,
+        bits="auto",
+    )
+    content = rounded.export(tmp_path)
+    assert {row["name"] for row in content["rounding"]["layers"]} == {
+        f"{layer}.weight" for layer in ("conv1", "conv2", "fc1", "fc2")
+    }
+    assert all(row["error_over_sigma"] <= 1 or row["bits"] == 16 for row in content["rounding"]["layers"])
+    assert content["export"]["packed"]
+    assert content["size"]["after"]["bytes"] < 2.5 * content["size"]["after"]["nonzeros"] + 3000
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    logits = session.run(None, {"input": data.test.inputs.numpy()})[0]
+    assert 100 * float((logits.argmax(1) != data.test.labels.numpy()).mean()) == pytest.approx(
+        content["error"]
+    )
+    fresh = vbdcompress.load_slim(tmp_path / "slim.safetensors", build_architecture("digits"))
+    with torch.no_grad():
+        assert torch.equal(fresh(rounded.files.samples), rounded.model(rounded.files.samples))
 
 
 def test_a_first_round_of_weights_is_cut_before_the_last(trained, data, tmp_path):
@@ -120,7 +148,7 @@ def test_a_first_round_of_weights_is_cut_before_the_last(trained, data, tmp_path
     two.export(tmp_path / "two")
     again = vbdcompress.load_slim(tmp_path / "two" / "slim.safetensors", build_architecture("digits"))
     with torch.no_grad():
-        assert torch.equal(again(two.samples), two.model(two.samples))
+        assert torch.equal(again(two.files.samples), two.model(two.files.samples))
 
 
 def test_compress_with_only_a_loader_splits_it_and_warns(trained, data):

@@ -14,6 +14,7 @@ from vbdcompress.errors import ConfigError
 
 Mode = Literal["weights", "channels", "both"]
 Prior = Literal["vbd", "vd"]
+Bits = Literal["32", "16", "8", "4", "auto"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
@@ -130,6 +131,16 @@ class RunConfig(FitConfig):
     cost: Literal["none", "params", "macs", "params+macs"] = Field(
         "none", description="Weigh the KL of each channel by what its removal saves: a tempered ELBO."
     )
+    bits: Bits = Field(
+        "32",
+        description="Of each weight in the files: auto takes as few as the posterior allows, layer by layer "
+        "(weights mode).",
+    )
+    pack: bool | None = Field(
+        None,
+        description="Store weights in model.onnx as gaps and codes that standard operators turn into weights "
+        "when a session is made; without it in weights mode, and where bits are not 32.",
+    )
     prune_inputs: bool = Field(
         False, description="Also remove input features and single flattened features of Linear layers."
     )
@@ -161,6 +172,11 @@ class RunConfig(FitConfig):
         return self.model_copy(update=own), last
 
     @property
+    def packs(self) -> bool:
+        """`pack`, or where nothing was said whether it makes the file smaller."""
+        return (self.mode != "channels" or self.bits != "32") if self.pack is None else self.pack
+
+    @property
     def limits(self) -> dict[str, int | str]:
         """The size budgets that were given, by the field of `Size` that they bound."""
         given = {"nonzeros": self.max_params, "macs": self.max_macs, "bytes": self.max_bytes}
@@ -183,6 +199,14 @@ class RunConfig(FitConfig):
     def _one_rule(self) -> Self:
         if self.threshold is not None and self.has_budget:
             raise ValueError("a threshold and a budget both say how much to remove; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _bits_have_a_posterior(self) -> Self:
+        if self.bits == "auto" and self.mode == "channels":
+            raise ValueError(
+                "bits auto asks a posterior on each weight: mode weights or both, or bits 16 or 8"
+            )
         return self
 
     @field_validator("max_params", "max_macs", "max_bytes", mode="before")

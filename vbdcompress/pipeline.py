@@ -27,18 +27,42 @@ from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, example_shape, first
+from vbdcompress.precision import Rounding
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report, with_export
 from vbdcompress.reporting.write import write_report
 from vbdcompress.sources import Sources, check_labels, first_inputs, warnings_of
-from vbdcompress.stages import Judge, Origin, StageRunner
+from vbdcompress.stages import Judge, Origin, StageResult, StageRunner
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 
 SAMPLES = 64
 ORIGINAL_FILE = "original.onnx"
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the files of a result hold beside the network.
+
+    Attributes:
+        scratch: folder with the original's ONNX file, to compare with; gone when this object is.
+        plans: removal plans, one a stage.
+        samples: the first inputs of the training loader, what the files are checked on.
+        origin: where the network came from.
+        sources: the data.
+        config: the options.
+        rounding: the codes of rounded weights; None where they were not.
+    """
+
+    scratch: Scratch
+    plans: tuple[RemovalPlan, ...]
+    samples: Inputs
+    origin: Origin
+    sources: Sources
+    config: RunConfig
+    rounding: Rounding | None
 
 
 @dataclass(frozen=True)
@@ -49,22 +73,14 @@ class Result:
         model: slim, an ordinary nn.Module in eval mode.
         report: the content of report.json; export and latency are null until `export`.
         original: the network that came in, for comparison.
-        scratch: folder with its ONNX file, for comparison too; gone when this object is.
-        plans: removal plans, one a stage.
-        samples: the first inputs of the training loader, what the files are checked on.
-        origin: where the network came from.
-        sources: the data.
+        files: what `export` writes beside the network.
         is_main: False in all but one of several processes: only the main one should write.
     """
 
     model: nn.Module
     report: dict[str, Any]
     original: nn.Module
-    scratch: Scratch
-    plans: tuple[RemovalPlan, ...]
-    samples: Inputs
-    origin: Origin
-    sources: Sources
+    files: _Files
     is_main: bool
 
     def __repr__(self) -> str:
@@ -79,19 +95,21 @@ class Result:
             ExportError: the ONNX file does not equal the network; it is not kept.
         """
         folder = Path(folder)
-        origin, sources = self.origin, self.sources
+        files, origin, sources = self.files, self.files.origin, self.files.sources
         check = export(
             self.model,
             folder,
-            self.samples,
-            self.plans,
+            files.samples,
+            files.plans,
             architecture=origin.architecture,
             arguments=origin.arguments,
             data=sources.record.name,
             input=sources.input,
             validation=sources.record.split,
+            pack=files.config.packs,
+            rounded=None if files.rounding is None else files.rounding.codes,
         )
-        latency = measure_latency(self.scratch.folder / ORIGINAL_FILE, folder / "model.onnx", self.samples)
+        latency = measure_latency(files.scratch.folder / ORIGINAL_FILE, folder / "model.onnx", files.samples)
         content = with_export(self.report, check, latency)
         write_report(content, folder)
         return content
@@ -210,12 +228,12 @@ def _run_stages(
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
     run = StageRunner(sources, original, config, judge, workplace, before, fabric.device)
     baseline = run.error(original, sources.validation)
-    current, plans, stages = original, [], []
+    current, done = original, list[StageResult]()
     for number in range(len(config.rounds)):
-        current, plan, stage = run.stage(current, samples, number, baseline)
-        plans.append(plan)
-        stages.append(stage)
+        done.append(run.stage(current, samples, number, baseline))
+        current = done[-1].model
     finetuned = run.finetune(current)
+    rounding = run.round(current, done[-1].sigma, baseline)
     errors = run.final_errors(original, current, baseline)
     current = current.cpu().eval()
     context = ReportContext(
@@ -226,16 +244,17 @@ def _run_stages(
         input=sources.input,
         data=sources.record,
         errors=errors,
-        stages=stages,
+        stages=[stage.record for stage in done],
         finetune=finetuned,
+        rounding=rounding,
         warnings=warnings_of(sources),
         seconds=time.perf_counter() - started,
         device=str(fabric.device),
     )
     after = measure_size(current, first(samples, 2), before.bytes - FLOAT_BYTES * before.parameters)
     content = report(original, current, first(samples, 2), (before, after), context)
-    main = fabric.is_global_zero
-    return Result(current, content, original, scratch, tuple(plans), samples, origin, sources, main)
+    files = _Files(scratch, tuple(stage.plan for stage in done), samples, origin, sources, config, rounding)
+    return Result(current, content, original, files, fabric.is_global_zero)
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:

@@ -122,6 +122,26 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class PackedTensor:
+    """A weight in an ONNX file that standard operators rebuild.
+
+    Attributes:
+        name: of the tensor.
+        kind: what is stored: "gaps and float32", "int8", "gaps and codebook of 16".
+        shape: of the tensor.
+        dense_bytes, bytes: as a dense float32 tensor, and with all that rebuilds it.
+        exact: it is rebuilt to the last bit; else a scale was folded into it, to 1e-6.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dense_bytes: int
+    bytes: int
+    exact: bool
+
+
+@dataclass(frozen=True)
 class ExportCheck:
     """How the ONNX file was verified against torch on real samples.
 
@@ -131,6 +151,7 @@ class ExportCheck:
         batch_sizes: that were run.
         max_difference: largest |onnxruntime - torch| over the largest |torch|.
         tolerance: what was allowed.
+        packed: weights that are rebuilt from fewer bytes.
     """
 
     opset: int
@@ -138,6 +159,7 @@ class ExportCheck:
     batch_sizes: tuple[int, ...]
     max_difference: float
     tolerance: float
+    packed: tuple[PackedTensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
 from vbdcompress.surgery.verify import EXACT, as_double, flatten_output, relative_difference
-from vbdcompress.vbd.posterior import set_threshold_
+from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 # Thresholds of log_alpha at which the curve is measured; the literature's is 3
 CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
@@ -90,6 +90,23 @@ def slim(converted: Converted, threshold: float | None = None) -> Slim:
         tensor.data = tensor.data.to(dtypes[name] if name in dtypes else dtypes[weight])
     rows = tuple(_group_row(group, plan) for group in converted.scan.groups)
     return Slim(model.eval(), plan, rows, chosen)
+
+
+def posterior_sigma(converted: Converted, slimmed: Slim) -> dict[str, Tensor]:
+    """Standard deviation of each weight of a slim network: parameter -> its shape. Weights mode only.
+
+    Args:
+        converted: what `slimmed` was cut from.
+    """
+    spread = converted.plain(slimmed.threshold).cpu()
+    names = []
+    for posterior in find_posteriors(converted.model):
+        if posterior.kind == "weight":
+            sigma = (0.5 * posterior.log_sigma2.detach().cpu().double()).exp()
+            spread.get_parameter(posterior.name).data = sigma
+            names.append(posterior.name)
+    apply_plan_(spread, slimmed.plan)
+    return {name: spread.get_parameter(name).detach() for name in names}
 
 
 def _probes_for(model: nn.Module, example: Inputs) -> tuple[Inputs, Inputs]:

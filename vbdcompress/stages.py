@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
@@ -16,6 +16,7 @@ from vbdcompress.files import Scratch
 from vbdcompress.fitting import fit
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.optimization import default_beta
+from vbdcompress.precision import Rounding, round_model_
 from vbdcompress.records import CurvePoint, EpochRow, Selection, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
@@ -24,6 +25,7 @@ from vbdcompress.slimming import (
     Slim,
     make_budget,
     measure_curve,
+    posterior_sigma,
     reestimate_batch_norm_,
     select_threshold,
     slim,
@@ -49,6 +51,23 @@ class Judge:
 
     loss: Loss = cross_entropy
     metric: Metric = top1_error
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage made.
+
+    Attributes:
+        model: slim.
+        plan: what of each layer stayed.
+        sigma: parameter -> standard deviation of each weight that has a posterior.
+        record: for the report.
+    """
+
+    model: nn.Module
+    plan: RemovalPlan
+    sigma: dict[str, Tensor]
+    record: StageRecord
 
 
 class StageRunner:
@@ -94,8 +113,8 @@ class StageRunner:
         samples: Inputs,
         number: int,
         baseline: float,
-    ) -> tuple[nn.Module, RemovalPlan, StageRecord]:
-        """Convert, fit, choose and slim once; the slim network, its plan, and the record."""
+    ) -> StageResult:
+        """Convert, fit, choose and slim once."""
         config, sources = self.config.rounds[number], self.sources
         mode = config.mode
         assert mode != "both"  # a round is of one kind
@@ -143,7 +162,7 @@ class StageRunner:
             config.cost,
             self._distillation(),
         )
-        return slimmed.model, slimmed.plan, record
+        return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
 
     def _distillation(self) -> dict[str, float] | None:
         if self.teacher is None:
@@ -211,6 +230,20 @@ class StageRunner:
             listener=self.workplace.listener,
         )
         return fitted.epochs
+
+    def round(self, model: nn.Module, sigma: dict[str, Tensor], baseline: float) -> Rounding | None:
+        """Round the slim network's weights, in place, as the options ask; None where they do not."""
+        config, points = self.config, self.config.max_error_increase
+        if config.bits == "32":
+            return None
+        allowed = None if points is None else baseline + points
+        return round_model_(
+            model,
+            config.bits,
+            sigma,
+            lambda candidate: self.error(candidate, self.sources.validation),
+            allowed,
+        )
 
     def final_errors(self, original: nn.Module, slimmed: nn.Module, baseline: float) -> ErrorRecord:
         """Validation and, for the first and only time, test error of both networks."""

@@ -234,3 +234,20 @@ def test_write_snippet_runs_and_normalises(report, tmp_path, monkeypatch, shape,
     expected = np.zeros(shape) if not mean else (0 - np.array(mean)) / np.array(std)
     expected = expected.reshape(-1, *[1] * (len(shape) - 1)) if mean else expected
     np.testing.assert_allclose(names["output"][0], np.broadcast_to(expected, shape), rtol=1e-6)
+
+
+def test_render_html_says_how_the_weights_are_stored(report):
+    assert "How the weights are stored" not in Page(render_html(report)).text
+    layer = {"name": "fc1.weight", "kind": "codebook", "bits": 4, "error_over_sigma": 0.4321}
+    report["rounding"] = {"layers": [layer], "validation_error": {"before": 1.5, "after": 1.6}}
+    report["export"]["packed"] = [
+        {"name": "fc1.weight", "kind": "gaps and codebook of 16", "dense_bytes": 250_000, "bytes": 3_400}
+    ]
+    text = Page(render_html(report)).text
+    for fact in (
+        "How the weights are stored",
+        "validation error 1.50% before, 1.60% after",
+        "fc1.weight codebook 4 0.43",
+        "fc1.weight gaps and codebook of 16 250 kB 3.40 kB",
+    ):
+        assert fact in text, fact

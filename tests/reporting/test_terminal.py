@@ -89,3 +89,12 @@ def test_print_summary_calls_a_tempered_elbo_what_it_is(report):
     assert "tempered" not in show(report)
     report["stages"][0]["beta"] = 4.0
     assert "tempered ELBO, beta 4" in " ".join(show(report).split())
+
+
+def test_print_summary_says_what_rounding_did(report):
+    layers = [
+        {"name": name, "kind": "int8", "bits": bits, "error_over_sigma": None}
+        for name, bits in (("a", 4), ("b", 16))
+    ]
+    report["rounding"] = {"layers": layers, "validation_error": {"before": 1.5, "after": 1.6}}
+    assert "weights in 4 to 16 bits: validation error 1.50% before, 1.60% after" in show(report)

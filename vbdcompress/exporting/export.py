@@ -10,6 +10,7 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, save_slim
 from vbdcompress.inputs import Inputs, example_shape
 from vbdcompress.records import ExportCheck, InputSpec
+from vbdcompress.rounding import Rounded
 from vbdcompress.surgery.slice import RemovalPlan
 
 
@@ -24,6 +25,8 @@ def export(
     data: str | None = None,
     input: InputSpec | None = None,
     validation: Mapping[str, Any] | None = None,
+    pack: bool = False,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> ExportCheck:
     """Write model.onnx, checked against torch, and slim.safetensors into a folder.
 
@@ -36,13 +39,16 @@ def export(
         data: name of the data set.
         input: name, shape and normalisation of the inputs; None takes the samples' shape.
         validation: {"fraction", "seed"} of the split that was held out.
+        pack, rounded: see `export_onnx`.
     Raises:
         ExportError: see `export_onnx`; then neither file is written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec = input or InputSpec(example_shape(samples))
-    check = export_onnx(model, folder / "model.onnx", samples, input_name=spec.name)
+    check = export_onnx(
+        model, folder / "model.onnx", samples, input_name=spec.name, pack=pack, rounded=rounded
+    )
     header = SlimFile(
         tuple(plans),
         architecture,

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.errors import ExportError
+from vbdcompress.exporting.packing import pack_
 from vbdcompress.files import replacing
 from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, resize, shapes_of, tensors_of
-from vbdcompress.records import ExportCheck
+from vbdcompress.records import ExportCheck, PackedTensor
+from vbdcompress.rounding import Rounded
 from vbdcompress.surgery.verify import flatten_output, relative_difference
 
 # Largest |onnxruntime - torch| over the largest |torch|, float32 sums in another order
@@ -44,6 +46,8 @@ def export_onnx(
     input_name: str = "input",
     tolerance: float = TOLERANCE,
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    pack: bool = False,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> ExportCheck:
     """Write a network as an ONNX file that onnxruntime is seen to run as torch does.
 
@@ -55,6 +59,8 @@ def export_onnx(
             names. The first dimension is dynamic. The output is "output".
         tolerance: for the largest difference, relative to the largest output.
         batch_sizes: to compare at.
+        pack: store weights as the constants that `pack_` makes of them.
+        rounded: for `pack_`: parameter -> the codes that its values were made from.
     Returns:
         what was checked and found.
     Raises:
@@ -64,7 +70,12 @@ def export_onnx(
     plain = copy.deepcopy(model).cpu().eval()
     samples = map_tensors(samples, lambda tensor: tensor.detach().cpu())
     with replacing(path) as partial:
-        opset = _write_checked(plain, partial, samples, input_name)
+        proto = _to_onnx(plain, samples, input_name)
+        dense = proto.SerializeToString() if pack else b""
+        packed = pack_(proto, rounded) if pack else ()
+        if packed:
+            _check_packed(proto, dense, resize(samples, max(batch_sizes)), packed)
+        onnx.save(proto, partial)
         difference = compare_with_torch(plain, partial, samples, batch_sizes)
         if not difference <= tolerance:
             raise ExportError(
@@ -74,11 +85,32 @@ def export_onnx(
                 "Please report the network; until then result.model serves in torch.",
             )
         size = partial.stat().st_size
-    return ExportCheck(opset, size, tuple(batch_sizes), difference, tolerance)
+    opset = int(next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")))
+    return ExportCheck(opset, size, tuple(batch_sizes), difference, tolerance, packed)
 
 
-def _write_checked(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> int:
-    """Export, clean and check; returns the opset."""
+def _check_packed(
+    proto: onnx.ModelProto, dense: bytes, samples: Inputs, packed: Sequence[PackedTensor]
+) -> None:
+    """Raise ExportError unless the packed graph gives what the dense one does, bit for bit where it can."""
+    onnx.checker.check_model(proto, full_check=True)
+    outputs = [
+        [torch.from_numpy(np.asarray(output)) for output in run_session(open_session(content), samples)]
+        for content in (dense, proto.SerializeToString())
+    ]
+    difference = relative_difference(*outputs)
+    allowed = 0.0 if all(tensor.exact for tensor in packed) else TOLERANCE
+    if not difference <= allowed:
+        raise ExportError(
+            "export",
+            f"the packed file differs from the dense one by {difference:.2g} of the largest output; "
+            "it is not kept.",
+            "Please report it; --no-pack writes the dense file.",
+        )
+
+
+def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelProto:
+    """Export, clean and check."""
     tensors = tensors_of(resize(samples, 2))
     batch = torch.export.Dim("batch")
     try:
@@ -96,15 +128,17 @@ def _write_checked(model: nn.Module, path: Path, samples: Inputs, input_name: st
                 optimize=True,
                 verbose=False,
             )
-        proto = program.model_proto
+        proto: onnx.ModelProto = program.model_proto
         _strip_metadata(proto)
+        # older runtimes refuse a newer number, whatever stands in the file
+        proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
         onnx.checker.check_model(proto, full_check=True)
     except _EXPORT_ERRORS as error:
         raise ExportError(
             f"export of {type(model).__name__}", f"ONNX refused it: {type(error).__name__}: {error}"
         ) from error
-    onnx.save(proto, path)
-    return int(next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")))
+    del proto.graph.value_info[:]  # of intermediate results: every runtime infers it anew
+    return proto
 
 
 class _Positional(nn.Module):
@@ -167,15 +201,21 @@ def _quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU; threads 0 takes all cores. Raises ExportError for a bad file."""
+def open_session(file: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU of a file, or of what stands in one; threads 0 takes all cores.
+
+    Raises:
+        ExportError: onnxruntime refuses it.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        source = file if isinstance(file, bytes) else str(file)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types are not importable by name
-        raise ExportError(f"file '{path}'", f"onnxruntime can't load it: {error}") from error
+        name = "the exported graph" if isinstance(file, bytes) else f"file '{file}'"
+        raise ExportError(name, f"onnxruntime can't load it: {error}") from error
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vbdcompress.attention import Opened, open_attention_
 from vbdcompress.count import layer_sizes, uncounted_ops
 from vbdcompress.inputs import Inputs, example_shape
+from vbdcompress.precision import Rounding
 from vbdcompress.records import (
     CurvePoint,
     EpochRow,
@@ -93,6 +94,7 @@ class ReportContext:
     Attributes:
         source: file or class that the network came from.
         config: options of the run.
+        rounding: of the slim network's weights; None where they were not rounded.
         warnings: for a reader, one sentence each.
     """
 
@@ -105,6 +107,7 @@ class ReportContext:
     errors: ErrorRecord | None = None
     stages: Sequence[StageRecord] = ()
     finetune: Sequence[EpochRow] = ()
+    rounding: Rounding | None = None
     warnings: Sequence[str] = ()
     seconds: float | None = None
     device: str = "cpu"
@@ -150,6 +153,7 @@ def report(
         "layers": _layer_rows(original, slim, example),
         "stages": [_stage_content(stage) for stage in context.stages],
         "finetune": [asdict(row) for row in context.finetune],
+        "rounding": None if context.rounding is None else context.rounding.to_json(),
         "latency": [],
         "export": None,
         "files": [],

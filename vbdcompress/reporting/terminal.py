@@ -54,6 +54,8 @@ def print_summary(report: Mapping[str, Any], console: Console) -> None:
     for stage in report["stages"]:
         explanation = _fit_encoding(stage["selection"]["explanation"], console)
         console.print(Text(f"{stage['mode']}: {explanation}; {describe_objective(stage)}", style="dim"))
+    if report.get("rounding"):  # reports of before there was rounding lack it
+        console.print(Text(_describe_rounding(report["rounding"]), style="dim"))
     if report["export"]:
         console.print(_describe_parity(report["export"]))
     for warning in report["warnings"]:
@@ -89,6 +91,14 @@ def _choose_style(change: str) -> str:
     if change.endswith(("more", "larger", "slower")) or change.startswith("+"):
         return "yellow"
     return "green" if change.endswith(("fewer", "smaller", "faster", "points")) else "dim"
+
+
+def _describe_rounding(rounding: Mapping[str, Any]) -> str:
+    bits = sorted({row["bits"] for row in rounding["layers"]})
+    error = rounding["validation_error"]
+    told = f"{bits[0]} bits" if len(bits) == 1 else f"{bits[0]} to {bits[-1]} bits"
+    before, after = format_percent(error["before"]), format_percent(error["after"])
+    return f"weights in {told}: validation error {before} before, {after} after"
 
 
 def _describe_parity(export: Mapping[str, Any]) -> Text:

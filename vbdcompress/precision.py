@@ -1,0 +1,114 @@
+"""How many bits each layer's weights get, and what that does to the error."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.config import Bits
+from vbdcompress.rounding import (
+    Rounded,
+    choose_bits,
+    error_over_sigma,
+    round_weight,
+    roundable,
+    write_rounded_,
+)
+
+# Points by which rounding may raise the validation error where no budget says more
+ROUNDING_POINTS = 0.1
+
+
+@dataclass(frozen=True)
+class RoundedRow:
+    """One weight's precision.
+
+    Attributes:
+        name: of the parameter.
+        kind, bits: see `Rounded`.
+        error_over_sigma: root mean square of what rounding moved, in units of the posterior's sigma;
+            None where the weight has none.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    error_over_sigma: float | None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding did to a network.
+
+    Attributes:
+        codes: parameter -> the codes that its values are now made from.
+        rows: the same for readers.
+        error_before, error_after: on the validation set, in percent.
+    """
+
+    codes: Mapping[str, Rounded]
+    rows: tuple[RoundedRow, ...]
+    error_before: float
+    error_after: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "layers": [asdict(row) for row in self.rows],
+            "validation_error": {"before": self.error_before, "after": self.error_after},
+        }
+
+
+def round_model_(
+    model: nn.Module,
+    bits: Bits,
+    sigma: Mapping[str, Tensor],
+    measure: Callable[[nn.Module], float],
+    allowed_error: float | None = None,
+) -> Rounding:
+    """Round the weights of Linear and convolution layers, in place; zeros stay zeros.
+
+    Args:
+        model: plain, float32.
+        bits: "16", "8" or "4" for all. "auto": for each layer the fewest whose errors stay below the
+            posterior's sigma (root mean square), and 16 where a weight has no posterior.
+        sigma: parameter -> standard deviation of each weight; may lack some.
+        measure: validation error of a network in percent.
+        allowed_error: for "auto": while the rounded network's is larger, the layer whose errors are
+            largest in units of sigma gets more bits; None allows ROUNDING_POINTS above the network's own.
+    """
+    layers = roundable(model)
+    known = {name: sigma[name].float().cpu().numpy() for name in layers if name in sigma}
+    before = measure(model)
+    if bits == "auto":
+        codes = {
+            name: choose_bits(layer, known[name]) if name in known else round_weight(layer, 16)
+            for name, layer in layers.items()
+        }
+    else:
+        codes = {name: round_weight(layer, int(bits), known.get(name)) for name, layer in layers.items()}
+    exact = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
+    over = {name: error_over_sigma(layers[name], codes[name], known[name]) for name in known}
+    write_rounded_(model, codes)
+    after = measure(model)
+    allowed = before + ROUNDING_POINTS if allowed_error is None else max(allowed_error, before)
+    while bits == "auto" and after > allowed:
+        coarse = [name for name in known if codes[name].bits < 16]
+        if not coarse:
+            break
+        worst = max(coarse, key=lambda name: over[name])
+        _restore_(layers[worst], exact[worst])
+        codes[worst] = round_weight(layers[worst], 2 * codes[worst].bits, known[worst])
+        over[worst] = error_over_sigma(layers[worst], codes[worst], known[worst])
+        write_rounded_(model, {worst: codes[worst]})
+        after = measure(model)
+    rows = tuple(RoundedRow(name, item.kind, item.bits, over.get(name)) for name, item in codes.items())
+    return Rounding(codes, rows, before, after)
+
+
+@torch.no_grad()
+def _restore_(layer: nn.Module, weight: Tensor) -> None:
+    assert isinstance(layer.weight, Tensor)
+    layer.weight.copy_(weight)

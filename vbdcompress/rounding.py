@@ -1,0 +1,157 @@
+"""Weights in fewer bits: half precision, 8-bit integers for each output, or a codebook.
+
+How many bits a layer needs is asked of its posterior: N(theta, sigma^2) says how exactly each weight is
+known, so a rounding error that is small beside sigma loses nothing that the data had said.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Array = npt.NDArray[Any]
+INT8_MAX = 127
+HALF_MAX = 65504.0
+# Largest root mean square of error over sigma: at 1 rounding adds as much as the posterior leaves open
+ROUNDING_OVER_SIGMA = 1.0
+CODEBOOK_ROUNDS = 100
+# A weight known more exactly than this counts as known this exactly
+SIGMA_MIN = 1e-8
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight in fewer bits; 0 stays 0, and has the code 0.
+
+    Attributes:
+        kind: "fp16", "int8" or "codebook".
+        bits: of each code.
+        codes: the weight's shape: float16, int8, or uint8 places in the table.
+        table: [up to 2^bits] float32, its first entry 0; None without a codebook.
+        scale: [outputs] float32, what the int8 codes of each output are multiplied by; else None.
+        dim: of the outputs in the weight.
+    """
+
+    kind: Literal["fp16", "int8", "codebook"]
+    bits: int
+    codes: Array
+    table: Array | None = None
+    scale: Array | None = None
+    dim: int = 0
+
+    def decode(self) -> Array:
+        """The weight, float32, as the exported graph computes it."""
+        values: Array = self.codes.astype(np.float32) if self.table is None else self.table[self.codes]
+        return values if self.scale is None else values * along(self.scale, self.dim, values.ndim)
+
+
+def along(vector: Array, dim: int, dims: int) -> Array:
+    """A vector as a tensor of `dims` dimensions that broadcasts along one of them."""
+    return vector.reshape([-1 if number == dim else 1 for number in range(dims)])
+
+
+def roundable(model: nn.Module) -> dict[str, nn.Module]:
+    """Name of each weight of a Linear or convolution layer, once however often it is used -> its layer."""
+    layers = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
+    own = dict(model.named_parameters())
+    return {name: layers[name] for name in own if isinstance(layers.get(name), nn.Linear | _ConvNd)}
+
+
+def round_weight(layer: nn.Module, bits: int, sigma: Array | None = None) -> Rounded:
+    """The weight of a layer in 16, 8 or 4 bits; the layer is left as it was.
+
+    Args:
+        bits: 16: half precision. 8: integers with a scale for each output, or 256 values, whichever is
+            smaller. 4: 16 values. Values stand where they do least harm, by k-means.
+        sigma: the weight's shape: how exactly it is known; None counts every error alike.
+    """
+    assert isinstance(layer.weight, torch.Tensor)
+    weight = layer.weight.detach().cpu().float().numpy()
+    dim = 1 if isinstance(layer, _ConvTransposeNd) else 0
+    if bits == 16:
+        return Rounded("fp16", 16, np.clip(weight, -HALF_MAX, HALF_MAX).astype(np.float16))
+    if bits == 8 and 2 * weight.shape[dim] <= 2 * 2**bits:
+        return _to_int8(weight, dim)
+    return _to_codebook(weight, bits, sigma)
+
+
+def _to_int8(weight: Array, dim: int) -> Rounded:
+    largest = np.abs(np.moveaxis(weight, dim, 0)).reshape(weight.shape[dim], -1).max(1)
+    # Half precision holds a scale well enough, and is what the file then stores
+    scale = (largest / INT8_MAX).astype(np.float16).astype(np.float32)
+    scale[(scale == 0) | ~np.isfinite(scale)] = 1.0
+    steps = np.rint(weight / along(scale, dim, weight.ndim))
+    codes = np.clip(steps, -INT8_MAX, INT8_MAX).astype(np.int8)
+    return Rounded("int8", 8, codes, scale=scale, dim=dim)
+
+
+def _to_codebook(weight: Array, bits: int, sigma: Array | None) -> Rounded:
+    kept = weight != 0
+    values = weight[kept]
+    table = np.concatenate([[0.0], _cluster(values, 2**bits - 1, None if sigma is None else sigma[kept])])
+    table = table.astype(np.float16).astype(np.float32)
+    codes = np.zeros(weight.shape, dtype=np.uint8)
+    ends = (table[1:-1] + table[2:]) / 2 if len(table) > 2 else np.empty(0)
+    codes[kept] = np.minimum(1 + np.searchsorted(ends, values), len(table) - 1)
+    return Rounded("codebook", bits, codes, table=table)
+
+
+def _cluster(values: Array, count: int, sigma: Array | None) -> Array:
+    """At most `count` values in rising order, near all the given ones in units of sigma."""
+    different = np.unique(values.astype(np.float16))
+    different = different[different != 0].astype(np.float64)
+    if len(different) <= count:
+        few: Array = different
+        return few
+    from sklearn.cluster import KMeans  # half a second that most commands need not wait for
+
+    points = np.sort(values.astype(np.float64))
+    weights = np.ones(len(points))
+    if sigma is not None:
+        weights = 1 / np.square(np.maximum(sigma[np.argsort(values)].astype(np.float64), SIGMA_MIN))
+    # The best quantiser's values stand as dense as the cube root of what lies there (Panter, Dite, 1951)
+    share = np.cumsum(np.cbrt(weights))
+    start = points[np.searchsorted(share, share[-1] * (np.arange(count) + 0.5) / count)]
+    start = np.where(
+        np.diff(start, prepend=-np.inf) > 0, start, np.quantile(points, np.linspace(0, 1, count))
+    )
+    found = KMeans(count, init=start.reshape(-1, 1), n_init=1, max_iter=CODEBOOK_ROUNDS).fit(
+        points.reshape(-1, 1), sample_weight=weights
+    )
+    centres = np.unique(found.cluster_centers_.ravel().astype(np.float16)).astype(np.float64)
+    nonzero: Array = centres[centres != 0]
+    return nonzero
+
+
+def error_over_sigma(layer: nn.Module, rounded: Rounded, sigma: Array) -> float:
+    """Root mean square of (rounded - weight) / sigma over the weights that are not 0."""
+    assert isinstance(layer.weight, torch.Tensor)
+    weight = layer.weight.detach().cpu().float().numpy()
+    kept = weight != 0
+    if not kept.any():
+        return 0.0
+    errors = (rounded.decode() - weight)[kept].astype(np.float64) / np.maximum(sigma[kept], SIGMA_MIN)
+    return float(np.sqrt(np.square(errors).mean()))
+
+
+def choose_bits(layer: nn.Module, sigma: Array, limit: float = ROUNDING_OVER_SIGMA) -> Rounded:
+    """The fewest of 4, 8 and 16 bits whose errors stay below `limit` sigma; 16 where none do."""
+    for bits in (4, 8):
+        rounded = round_weight(layer, bits, sigma)
+        if error_over_sigma(layer, rounded, sigma) <= limit:
+            return rounded
+    return round_weight(layer, 16)
+
+
+@torch.no_grad()
+def write_rounded_(model: nn.Module, rounded: Mapping[str, Rounded]) -> None:
+    """Put rounded weights in the place of a network's own, in place."""
+    for name, layer in roundable(model).items():
+        if name in rounded:
+            assert isinstance(layer.weight, torch.Tensor)
+            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(rounded[name].decode())))
