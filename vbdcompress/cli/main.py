@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("vbdcompress.cli.train", "Train a network from scratch to a .pt file that `run` takes."),
     "inspect": ("vbdcompress.cli.inspect", "Say what would be converted, and what can be removed."),
     "evaluate": ("vbdcompress.cli.evaluate", "Measure the error of a .pt, slim or ONNX file."),
+    "bench": ("vbdcompress.cli.bench", "Measure how fast ONNX files are, side by side."),
     "report": ("vbdcompress.cli.report", "Render a finished folder's report again."),
     "zoo": ("vbdcompress.cli.zoo", "List architectures, data sets and the networks at hand."),
 }

@@ -1,8 +1,10 @@
-"""onnxruntime latency of two files, taken in turn so that a noisy machine is noisy for both."""
+"""onnxruntime latency of several files, taken in turn so that a noisy machine is noisy for all."""
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vbdcompress.exporting.onnx_file import open_session, run_session
@@ -13,10 +15,42 @@ SECONDS_A_BATCH_SIZE = 2.0
 MIN_CALLS, MAX_CALLS = 20, 500
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: median and 95th percentile over some calls."""
+
+    median_ms: float
+    p95_ms: float
+    calls: int
+
+
+def time_in_turn(
+    calls: Sequence[Callable[[], object]], seconds: float = SECONDS_A_BATCH_SIZE
+) -> tuple[Timing, ...]:
+    """Time some calls, A B A B in one run, after one of each that is not counted.
+
+    Args:
+        calls: what is timed.
+        seconds: for all together; each is made between MIN_CALLS and MAX_CALLS times.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + seconds
+    while len(times[0]) < MIN_CALLS or (time.perf_counter() < end and len(times[0]) < MAX_CALLS):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(1000 * (time.perf_counter() - start))
+    return tuple(
+        Timing(statistics.median(taken), statistics.quantiles(taken, n=20)[-1], len(taken)) for taken in times
+    )
+
+
 def measure_latency(
     original: Path, slim: Path, samples: Inputs, batch_sizes: Sequence[int] = (1, 64)
 ) -> tuple[Latency, ...]:
-    """Median milliseconds of one call of each file, A B A B in one run.
+    """Median milliseconds of one call of each file, in turn.
 
     Args:
         original, slim: ONNX files with the same input.
@@ -27,15 +61,6 @@ def measure_latency(
     rows = []
     for size in batch_sizes:
         batch = resize(samples, size)
-        times: list[list[float]] = [[], []]
-        for session in sessions:
-            run_session(session, batch)
-        end = time.perf_counter() + SECONDS_A_BATCH_SIZE
-        while len(times[0]) < MIN_CALLS or (time.perf_counter() < end and len(times[0]) < MAX_CALLS):
-            for session, taken in zip(sessions, times, strict=True):
-                start = time.perf_counter()
-                run_session(session, batch)
-                taken.append(1000 * (time.perf_counter() - start))
-        medians = [statistics.median(taken) for taken in times]
-        rows.append(Latency(size, medians[0], medians[1], len(times[0])))
+        timings = time_in_turn([partial(run_session, session, batch) for session in sessions])
+        rows.append(Latency(size, timings[0].median_ms, timings[1].median_ms, timings[0].calls))
     return tuple(rows)

@@ -1,0 +1,115 @@
+"""vbdcompress bench: what ONNX files cost to serve."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vbdcompress.errors import ConfigError
+
+LETTERS = 26
+
+if TYPE_CHECKING:
+    from vbdcompress.exporting.bench import BenchRow
+
+
+@click.command("bench", short_help="Measure how fast ONNX files are.")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="[default: 1, 8, 64]")
+@click.option(
+    "--threads", multiple=True, type=click.IntRange(min=0), help="0 takes all cores.  [default: 1, 0]"
+)
+@click.option("--seconds", default=2.0, show_default=True, help="For each batch size and number of threads.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Of a dimension that has a name.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    files: tuple[Path, ...],
+    batches: tuple[int, ...],
+    threads: tuple[int, ...],
+    seconds: float,
+    dims: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure bytes, MACs, time to load, memory and latency of FILES (or folders that `run` wrote).
+
+    On random inputs, in turn in one run, so that a noisy machine is noisy for all. The first file is what
+    the others are compared with.
+
+    \b
+    Example:
+      vbdcompress bench original.onnx exports/digits
+    """
+    from rich.console import Console
+
+    from vbdcompress.exporting.bench import BATCH_SIZES, bench
+
+    paths = [file / "model.onnx" if file.is_dir() else file for file in files]
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError("bench", f"file '{path}' does not exist.")
+    rows = bench(
+        paths,
+        batch_sizes=batches or BATCH_SIZES,
+        threads=threads or (1, 0),
+        dims=_parse_dims(dims),
+        seconds=seconds,
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        _print(rows, Console())
+
+
+def _parse_dims(given: tuple[str, ...]) -> dict[str, int]:
+    dims = {}
+    for item in given:
+        name, _, size = item.partition("=")
+        if not name or not size.isdecimal() or int(size) < 1:
+            raise ConfigError("bench", f"--dim '{item}' is not NAME=SIZE, such as width=224.")
+        dims[name] = int(size)
+    return dims
+
+
+def _print(rows: "tuple[BenchRow, ...]", console: Any) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from vbdcompress.reporting.formatting import format_bytes, format_count, format_ms
+
+    first = rows[0]
+    sizes = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "file", "bytes", "MACs", "load", "memory"):
+        sizes.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
+    names = [chr(ord("A") + place) if place < LETTERS else str(place + 1) for place in range(len(rows))]
+    for name, row in zip(names, rows, strict=True):
+        sizes.add_row(
+            name,
+            row.file,
+            format_bytes(row.bytes),
+            format_count(row.macs),
+            format_ms(row.load_ms),
+            format_bytes(row.peak_bytes),
+        )
+    console.print(sizes)
+    times = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("threads", "batch", "file", "median", "95 %", "speed", "of its MACs"):
+        times.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
+    for place, base in enumerate(first.timings):
+        for name, row in zip(names, rows, strict=True):
+            timing = row.timings[place].timing
+            speed = base.timing.median_ms / timing.median_ms
+            share = speed / (first.macs / row.macs) if row.macs else None
+            times.add_row(
+                "all" if base.threads == 0 else str(base.threads),
+                str(base.batch),
+                name,
+                format_ms(timing.median_ms),
+                format_ms(timing.p95_ms),
+                f"{speed:.2f}x",
+                "" if row is first or share is None else f"{share:.2f}",
+            )
+        times.add_section()
+    console.print(times)
+    console.print("speed: over A's; of its MACs: that over the ratio of MACs", style="dim")
