@@ -141,6 +141,9 @@ class RunConfig(FitConfig):
         description="Store weights in model.onnx as gaps and codes that standard operators turn into weights "
         "when a session is made; without it in weights mode, and where bits are not 32.",
     )
+    embed_preprocessing: bool = Field(
+        False, description="Let model.onnx normalise by itself: it takes pixels, uint8 from 0 to 255."
+    )
     prune_inputs: bool = Field(
         False, description="Also remove input features and single flattened features of Linear layers."
     )

@@ -1,11 +1,12 @@
 """compress: the whole way, a line a stage."""
 
 import copy
+import json
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vbdcompress.exported import from_exported
 from vbdcompress.exporting.export import export
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.preprocessing import to_pixels
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, example_shape, first
 from vbdcompress.precision import Rounding
@@ -96,6 +98,7 @@ class Result:
         """
         folder = Path(folder)
         files, origin, sources = self.files, self.files.origin, self.files.sources
+        spec = replace(sources.input, embedded=files.config.embed_preprocessing)
         check = export(
             self.model,
             folder,
@@ -104,15 +107,32 @@ class Result:
             architecture=origin.architecture,
             arguments=origin.arguments,
             data=sources.record.name,
-            input=sources.input,
+            input=spec,
             validation=sources.record.split,
             pack=files.config.packs,
             rounded=None if files.rounding is None else files.rounding.codes,
+            metadata=_metadata(self.report, spec),
         )
-        latency = measure_latency(files.scratch.folder / ORIGINAL_FILE, folder / "model.onnx", files.samples)
-        content = with_export(self.report, check, latency)
+        given = to_pixels(files.samples, spec) if spec.embedded else files.samples
+        latency = measure_latency(
+            (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
+        )
+        content = with_export(self.report | {"input": asdict(spec)}, check, latency)
         write_report(content, folder)
         return content
+
+
+def _metadata(content: Mapping[str, Any], spec: InputSpec) -> dict[str, str]:
+    """What a model.onnx says of itself, for who has nothing else."""
+    data = content["data"] or {}
+    told = {
+        "made_by": f"vbdcompress {content['environment']['vbdcompress']}",
+        "input": json.dumps(asdict(spec)),
+        "data": data.get("name"),
+        "classes": json.dumps(data["classes"]) if data.get("classes") else None,
+        "error": f"{content['error']:.4g} % on the {content['error_split']} set",
+    }
+    return {name: value for name, value in told.items() if value}
 
 
 def compress(
@@ -219,6 +239,12 @@ def _run_stages(
     original = copy.deepcopy(model).cpu().eval()
     samples = to_device(first(first_inputs(sources.train), SAMPLES), torch.device("cpu"))
     check_model(original, first(samples, 2))
+    if config.embed_preprocessing and not (sources.input.mean and isinstance(samples, torch.Tensor)):
+        raise ConfigError(
+            "embed_preprocessing",
+            "nobody says by which mean and std the inputs are normalised.",
+            "input=InputSpec(shape, mean, std)",
+        )
     if judge.loss is cross_entropy:
         check_labels(original, first(samples, 2), sources)
     if fabric.is_global_zero:

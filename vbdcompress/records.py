@@ -13,19 +13,25 @@ class InputSpec:
         shape: of one example without the batch, (channels, height, width) for images.
         mean, std: for each channel, after scaling; empty where the user normalises himself.
         name: of the ONNX input.
+        embedded: the ONNX file normalises by itself: it takes pixels as they are, uint8 from 0 to 255.
     """
 
     shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     name: str = "input"
+    embedded: bool = False
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "InputSpec":
         """From plain JSON types. Raises KeyError, TypeError or ValueError where it is none."""
         shape, mean, std = (content[key] for key in ("shape", "mean", "std"))
         return cls(
-            tuple(map(int, shape)), tuple(map(float, mean)), tuple(map(float, std)), str(content["name"])
+            tuple(map(int, shape)),
+            tuple(map(float, mean)),
+            tuple(map(float, std)),
+            str(content["name"]),
+            bool(content.get("embedded", False)),
         )
 
 

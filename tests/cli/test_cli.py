@@ -17,29 +17,6 @@ FILES = ["model.onnx", "report.html", "report.json", "slim.safetensors"]
 QUICK = ["--epochs", "2", "--finetune-epochs", "1"]
 
 
-@pytest.fixture
-def cli(capsys):
-    """Run a command; (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        try:
-            main([str(item) for item in arguments])
-            code = 0
-        except SystemExit as ended:
-            code = ended.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, zoo):
-    out = tmp_path_factory.mktemp("cli") / "digits"
-    main(["run", str(zoo / "digits.pt"), "--out", str(out), *QUICK])
-    return out
-
-
 def test_run_writes_the_four_files_and_nothing_else(finished):
     assert sorted(item.name for item in finished.iterdir()) == FILES
     content = json.loads((finished / "report.json").read_text())
@@ -47,21 +24,6 @@ def test_run_writes_the_four_files_and_nothing_else(finished):
     assert content["data"]["validation_held_out"] is True
     assert content["error_split"] == "test"
     assert str(finished.parent) not in (finished / "report.json").read_text()
-
-
-@pytest.mark.parametrize("name", ["", "model.onnx", "slim.safetensors"])
-def test_evaluate_prints_the_report_s_error(cli, finished, name):
-    told = json.loads((finished / "report.json").read_text())["error"]
-    code, out, _ = cli("evaluate", finished / name, "--json")
-    assert code == 0
-    assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
-
-
-def test_evaluate_of_the_zoo_prints_the_error_before(cli, finished, zoo):
-    told = json.loads((finished / "report.json").read_text())["errors"]
-    for split in ("test", "validation"):
-        _, out, _ = cli("evaluate", zoo / "digits.pt", "--json", "--split", split)
-        assert json.loads(out)["error"] == pytest.approx(told[split]["before"], abs=1e-9)
 
 
 def test_report_renders_again(cli, finished):

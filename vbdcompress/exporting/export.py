@@ -1,12 +1,14 @@
 """export: the files of a finished network."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.preprocessing import TakesPixels, to_pixels
 from vbdcompress.exporting.slim_file import SlimFile, save_slim
 from vbdcompress.inputs import Inputs, example_shape
 from vbdcompress.records import ExportCheck, InputSpec
@@ -27,6 +29,7 @@ def export(
     validation: Mapping[str, Any] | None = None,
     pack: bool = False,
     rounded: Mapping[str, Rounded] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> ExportCheck:
     """Write model.onnx, checked against torch, and slim.safetensors into a folder.
 
@@ -37,24 +40,34 @@ def export(
         plans: removal plans, in the order in which they were applied: `load_slim` cuts by them.
         architecture, arguments: how the original is built; without, `load_slim` must be given it.
         data: name of the data set.
-        input: name, shape and normalisation of the inputs; None takes the samples' shape.
+        input: name, shape and normalisation of the inputs; None takes the samples' shape. Where it is
+            embedded, model.onnx normalises by itself and takes pixels from 0 to 255.
         validation: {"fraction", "seed"} of the split that was held out.
-        pack, rounded: see `export_onnx`.
+        pack, rounded, metadata: see `export_onnx`.
     Raises:
         ExportError: see `export_onnx`; then neither file is written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec = input or InputSpec(example_shape(samples))
+    served, given = model, samples
+    if spec.embedded:
+        served, given = TakesPixels(model, spec), to_pixels(samples, spec)
     check = export_onnx(
-        model, folder / "model.onnx", samples, input_name=spec.name, pack=pack, rounded=rounded
+        served,
+        folder / "model.onnx",
+        given,
+        input_name=spec.name,
+        pack=pack,
+        rounded=rounded,
+        metadata=metadata,
     )
     header = SlimFile(
         tuple(plans),
         architecture,
         dict(arguments or {}),
         data,
-        spec,
+        replace(spec, embedded=False),
         dict(validation) if validation else None,
     )
     save_slim(folder / "slim.safetensors", model, header)

@@ -48,19 +48,18 @@ def time_in_turn(
 
 
 def measure_latency(
-    original: Path, slim: Path, samples: Inputs, batch_sizes: Sequence[int] = (1, 64)
+    original: tuple[Path, Inputs], slim: tuple[Path, Inputs], batch_sizes: Sequence[int] = (1, 64)
 ) -> tuple[Latency, ...]:
     """Median milliseconds of one call of each file, in turn.
 
     Args:
-        original, slim: ONNX files with the same input.
-        samples: [n, ...] real inputs; repeated up to the batch size.
+        original, slim: an ONNX file and real inputs for it, [n, ...]; repeated up to the batch size.
         batch_sizes: to measure.
     """
-    sessions = [open_session(original), open_session(slim)]
+    pairs = [(open_session(path), samples) for path, samples in (original, slim)]
     rows = []
     for size in batch_sizes:
-        batch = resize(samples, size)
-        timings = time_in_turn([partial(run_session, session, batch) for session in sessions])
+        calls = [partial(run_session, session, resize(samples, size)) for session, samples in pairs]
+        timings = time_in_turn(calls)
         rows.append(Latency(size, timings[0].median_ms, timings[1].median_ms, timings[0].calls))
     return tuple(rows)

@@ -48,6 +48,7 @@ def export_onnx(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     pack: bool = False,
     rounded: Mapping[str, Rounded] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> ExportCheck:
     """Write a network as an ONNX file that onnxruntime is seen to run as torch does.
 
@@ -61,6 +62,7 @@ def export_onnx(
         batch_sizes: to compare at.
         pack: store weights as the constants that `pack_` makes of them.
         rounded: for `pack_`: parameter -> the codes that its values were made from.
+        metadata: properties of the file: name -> value.
     Returns:
         what was checked and found.
     Raises:
@@ -71,6 +73,7 @@ def export_onnx(
     samples = map_tensors(samples, lambda tensor: tensor.detach().cpu())
     with replacing(path) as partial:
         proto = _to_onnx(plain, samples, input_name)
+        onnx.helper.set_model_props(proto, {str(key): str(value) for key, value in (metadata or {}).items()})
         dense = proto.SerializeToString() if pack else b""
         packed = pack_(proto, rounded) if pack else ()
         if packed:

@@ -123,11 +123,12 @@ def _describe(codes: _Codes, sparse: bool) -> str:
 def _encodings(name: str, array: Array, rounded: Mapping[str, Rounded]) -> Iterator[_Codes]:
     """The tensor's own values, and the codes of the parameter that it came from."""
     yield _Codes(array, None, None, 32, exact=True)
-    if name in rounded and rounded[name].codes.shape == array.shape:
-        found = _scaled(rounded[name], array)
-        if found is not None:
-            yield found
-            return
+    for own, each in rounded.items():  # of a network inside another its name stands behind that one's
+        if (name == own or name.endswith(f".{own}")) and each.codes.shape == array.shape:
+            found = _scaled(each, array)
+            if found is not None:
+                yield found
+                return
     for each in rounded.values():  # a Linear that reads more than two dimensions is written transposed
         if each.codes.shape == array.shape[::-1] and each.codes.ndim == 2:
             scale = None if each.scale is None else along(each.scale, 1 - each.dim, 2)

@@ -97,13 +97,17 @@ def write_snippet(report: Mapping[str, Any]) -> str:
     spec = report["input"]
     file = next((name for name in report["files"] if name.endswith(".onnx")), "model.onnx")
     shape = ", ".join(str(length) for length in [1, *spec["shape"]])
+    embedded = spec.get("embedded")
+    told = "normalised as in training"
+    if spec["mean"]:
+        told = "pixels from 0 to 255" if embedded else "values scaled to [0, 1]"
     lines = [
         "import numpy as np, onnxruntime",
         "",
-        "# your batch, " + ("values scaled to [0, 1]" if spec["mean"] else "normalised as in training"),
-        f"x = np.zeros(({shape}), np.float32)",
+        f"# your batch, {told}",
+        f"x = np.zeros(({shape}), np.{'uint8' if embedded else 'float32'})",
     ]
-    if spec["mean"]:
+    if spec["mean"] and not embedded:
         for name in ("mean", "std"):
             values = ", ".join(f"{value:.6g}" for value in spec[name])
             lines.append(f"{name} = np.reshape([{values}], (-1{', 1' * (len(spec['shape']) - 1)}))")

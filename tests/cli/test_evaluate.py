@@ -1,0 +1,38 @@
+"""vbdcompress evaluate, and what model.onnx says of itself."""
+
+import json
+
+import onnx
+import pytest
+
+QUICK = ["--epochs", "2", "--finetune-epochs", "1"]
+
+
+def test_run_embeds_the_normalisation_and_says_what_the_file_is(cli, tmp_path, zoo):
+    out = tmp_path / "digits"
+    cli("run", zoo / "digits.pt", "--out", out, *QUICK, "--embed-preprocessing", "--bits", "16")
+    content = json.loads((out / "report.json").read_text())
+    assert content["input"]["embedded"] is True
+    told = onnx.load(out / "model.onnx").metadata_props
+    properties = {item.key: item.value for item in told}
+    assert json.loads(properties["classes"]) == [str(digit) for digit in range(10)]
+    assert json.loads(properties["input"]) == content["input"]
+    assert f"{content['error']:.4g} %" in properties["error"]
+    _, printed, _ = cli("evaluate", out, "--json")
+    # a byte holds the 16 grey levels of these pictures to 0.2 %
+    assert json.loads(printed)["error"] == pytest.approx(content["error"], abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["", "model.onnx", "slim.safetensors"])
+def test_evaluate_prints_the_report_s_error(cli, finished, name):
+    told = json.loads((finished / "report.json").read_text())["error"]
+    code, out, _ = cli("evaluate", finished / name, "--json")
+    assert code == 0
+    assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
+
+
+def test_evaluate_of_the_zoo_prints_the_error_before(cli, finished, zoo):
+    told = json.loads((finished / "report.json").read_text())["errors"]
+    for split in ("test", "validation"):
+        _, out, _ = cli("evaluate", zoo / "digits.pt", "--json", "--split", split)
+        assert json.loads(out)["error"] == pytest.approx(told[split]["before"], abs=1e-9)

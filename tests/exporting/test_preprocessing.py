@@ -1,0 +1,46 @@
+"""Normalisation inside the file: bytes in, what the network gives for the normalised picture out."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.errors import ConfigError
+from vbdcompress.exporting.export import export
+from vbdcompress.exporting.preprocessing import to_pixels
+from vbdcompress.pipeline import compress
+from vbdcompress.records import InputSpec
+
+SPEC = InputSpec((3, 6, 6), (0.49, 0.45, 0.2), (0.25, 0.3, 0.27), embedded=True)
+
+
+def test_to_pixels_finds_the_bytes_that_were_normalised() -> None:
+    pixels = torch.arange(256).repeat(3).reshape(1, 3, 16, 16).to(torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (SPEC.mean, SPEC.std))
+    assert torch.equal(to_pixels((pixels / 255 - mean) / std, SPEC), pixels)
+
+
+def test_an_embedded_file_takes_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 4)).eval()
+    pixels = torch.randint(0, 256, (4, 3, 6, 6), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (SPEC.mean, SPEC.std))
+    samples = (pixels / 255 - mean) / std
+    export(model, tmp_path, samples, input=SPEC, metadata={"classes": "[]"})
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    assert session.get_modelmeta().custom_metadata_map == {"classes": "[]"}
+    with torch.no_grad():
+        expected = model(samples).numpy()
+    np.testing.assert_allclose(
+        session.run(None, {"input": pixels.numpy()})[0], expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_compress_refuses_to_embed_what_nobody_says() -> None:
+    loader = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))] * 2
+    with pytest.raises(ConfigError, match="by which mean and std"):
+        compress(nn.Linear(6, 2), loader, validation=loader, embed_preprocessing=True)

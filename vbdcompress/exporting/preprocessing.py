@@ -1,0 +1,36 @@
+"""The normalisation inside the network: a file that takes pixels as they come from a picture."""
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.records import InputSpec
+
+PIXEL_MAX = 255
+
+
+class TakesPixels(nn.Module):
+    """A network behind (pixels / 255 - mean) / std: [batch, channels, ...] uint8 in, its output out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, spec: InputSpec) -> None:
+        super().__init__()
+        self.model = model
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(spec, name), dtype=torch.float32)
+            self.register_buffer(name, values.view(-1, *[1] * (len(spec.shape) - 1)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        output: Tensor = self.model((pixels.float() / PIXEL_MAX - self.mean) / self.std)
+        return output
+
+
+def to_pixels(inputs: Tensor, spec: InputSpec) -> Tensor:
+    """The pixels, uint8, that normalised inputs came from: [batch, channels, ...] both.
+
+    To the bit where they were bytes; what was measured finer is rounded.
+    """
+    shape = [-1, *[1] * (len(spec.shape) - 1)]
+    mean, std = (torch.tensor(values, device=inputs.device).view(shape) for values in (spec.mean, spec.std))
+    return ((inputs * std + mean) * PIXEL_MAX).round().clamp(0, PIXEL_MAX).to(torch.uint8)
