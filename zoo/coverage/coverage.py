@@ -8,6 +8,7 @@ Each row is a process of its own; a result is a file in zoo/coverage/results. Wh
 """
 
 import json
+import resource
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,8 @@ from networks import NETWORKS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODES = ("channels", "weights", "torch-pruning")
+# torch-pruning alone takes 23 GB and more than an hour for some: it gets this much
+SECONDS, BYTES = 600, 12 << 30
 
 
 @click.command()
@@ -36,19 +39,31 @@ def main(names: tuple[str, ...], modes: tuple[str, ...], again: bool, here: bool
             if here:
                 path.write_text(json.dumps(_row(name, mode), indent=1) + "\n", encoding="utf-8")
             elif again or not path.exists():
-                command = [sys.executable, __file__, name, "--mode", mode, "--here"]
-                ended = subprocess.run(command, check=False, capture_output=True, text=True)
-                if ended.returncode:
-                    told = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
-                    row = {"network": name, "mode": mode, "failed": told[0]}
+                failed = _start(name, mode)
+                if failed:
+                    row = {"network": name, "mode": mode, "failed": failed}
                     path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
                 row = json.loads(path.read_text(encoding="utf-8"))
                 click.echo(f"{name} {mode}: {row.get('failed') or row.get('difference', 'ok')}")
 
 
+def _start(name: str, mode: str) -> str:
+    """Make a row in a process of its own; why it failed, empty where it did not."""
+    command = [sys.executable, __file__, name, "--mode", mode, "--here"]
+    limit = SECONDS if mode == "torch-pruning" else None
+    try:
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"not done after {SECONDS} s"
+    told = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
+    return told[0] if ended.returncode else ""
+
+
 def _row(name: str, mode: str) -> dict[str, object]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if mode == "torch-pruning":
+        resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
     return check_torch_pruning(NETWORKS[name]) if mode == "torch-pruning" else check(NETWORKS[name], mode)
 
 
