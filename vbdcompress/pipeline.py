@@ -75,6 +75,7 @@ class Result:
         model: slim, an ordinary nn.Module in eval mode.
         report: the content of report.json; export and latency are null until `export`.
         original: the network that came in, for comparison.
+        sigma: parameter -> posterior standard deviation of each of its weights; empty in channels mode.
         files: what `export` writes beside the network.
         is_main: False in all but one of several processes: only the main one should write.
     """
@@ -82,6 +83,7 @@ class Result:
     model: nn.Module
     report: dict[str, Any]
     original: nn.Module
+    sigma: dict[str, torch.Tensor]
     files: _Files
     is_main: bool
 
@@ -280,7 +282,7 @@ def _run_stages(
     after = measure_size(current, first(samples, 2), before.bytes - FLOAT_BYTES * before.parameters)
     content = report(original, current, first(samples, 2), (before, after), context)
     files = _Files(scratch, tuple(stage.plan for stage in done), samples, origin, sources, config, rounding)
-    return Result(current, content, original, files, fabric.is_global_zero)
+    return Result(current, content, original, done[-1].sigma, files, fabric.is_global_zero)
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vbdcompress.loading import Loaded
 
 STATE = ".state"
+TRACKING = "tracking"
 
 
 @click.command("run", short_help="Compress a trained network.")
@@ -33,6 +34,11 @@ STATE = ".state"
     "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of the options below."
 )
 @click.option("--validation", metavar="PATH", help="Folder or .npz of validation data of your own.")
+@click.option(
+    "--track",
+    type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+    help="Send curves to a tracker; tensorboard's files are in OUT/tracking.",
+)
 @click.option("--resume", is_flag=True, help="Go on from where an unfinished run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @model_options
@@ -43,6 +49,7 @@ def command(
     out: Path | None,
     config_file: Path | None,
     validation: str | None,
+    track: str | None,
     resume: bool,
     overwrite: bool,
     arch: str | None,
@@ -81,9 +88,17 @@ def command(
             image_size,
             parse_normalisation(mean, std),
         ),
-        resume,
-        overwrite,
+        _Ways(track, resume, overwrite),
     )
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """What a run does with an output folder that exists, and whom it tells."""
+
+    track: str | None
+    resume: bool
+    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ class _Reading:
         )
 
 
-def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bool, overwrite: bool) -> None:
+def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Ways) -> None:
     from rich.console import Console
 
     from vbdcompress.devices import start_fabric
@@ -150,14 +165,15 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     from vbdcompress.reporting.terminal import print_summary
     from vbdcompress.sources import Sources
     from vbdcompress.stages import Judge, Origin
+    from vbdcompress.tracking import Listeners, open_tracker
     from vbdcompress.workplace import Workplace
 
-    _check_folder(out, resume, overwrite)
+    _check_folder(out, ways.resume, ways.overwrite)
     loaded = reading.network(file)
     data = reading.dataset(loaded, config)
     main = start_fabric(config).is_global_zero
     if main:
-        if not resume and (out / STATE).is_dir():
+        if not ways.resume and (out / STATE).is_dir():
             shutil.rmtree(out / STATE)
         (out / STATE).mkdir(parents=True, exist_ok=True)
     held_out = True if reading.validation or loaded.validation else None
@@ -183,9 +199,13 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}))
     console = Console(quiet=not main)
     _print_start(console, file, loaded, sources, config)
+    tracker = None
+    if ways.track and main:
+        tracker = open_tracker(ways.track, out.name, out / TRACKING, config.model_dump(mode="json"))
     try:
         with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
-            workplace = Workplace(out / STATE, resume, progress)
+            listener = Listeners([progress, tracker]) if tracker else progress
+            workplace = Workplace(out / STATE, ways.resume, listener)
             result = run_stages(loaded.model, sources, config, origin, Judge(), workplace)
     finally:
         if main:
@@ -195,6 +215,8 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, resume: bo
     with console.status("Exporting and checking the ONNX file"):
         content = result.export(out)
     shutil.rmtree(out / STATE, ignore_errors=True)
+    if tracker:
+        tracker.finish(content)
     print_summary(content, console)
     console.print(f"Written to [bold]{out}[/bold]: {', '.join(content['files'])}", highlight=False)
 

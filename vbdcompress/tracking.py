@@ -1,0 +1,165 @@
+"""Curves of a run in a tracker of the user's choice: TensorBoard, Weights & Biases or MLflow."""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+from vbdcompress.errors import ConfigError
+from vbdcompress.records import EpochRow
+from vbdcompress.training import Listener
+
+PROJECT = "vbdcompress"
+METRICS = ("nll", "kl", "beta", "error", "sparsity", "learning_rate", "examples_per_second")
+
+
+class _Backend(Protocol):
+    """A tracker's own library."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Points of curves at one step."""
+
+    def finish(self, values: Mapping[str, float]) -> None:
+        """Results of the whole run; then the run is closed."""
+
+
+class Tracker:
+    """A `training.Listener` that sends every epoch to a tracker: "stage1/nll", "finetune/error", ...
+
+    Args:
+        backend: of a tracker.
+    """
+
+    def __init__(self, backend: _Backend) -> None:
+        self.backend = backend
+        self.stages, self.part, self.step = 0, "", 0
+
+    def on_start(self, title: str, epochs: int) -> None:
+        """Another fit: curves of its own."""
+        if title.startswith("Fine-tuning"):
+            self.part = "finetune"
+        else:
+            self.stages += 1
+            self.part = f"stage{self.stages}"
+
+    def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
+        """Nothing: epochs are what is compared."""
+
+    def on_epoch(self, row: EpochRow, epochs: int) -> None:
+        """One point on each curve; steps count the epochs of the whole run."""
+        self.step += 1
+        values = {name: getattr(row, name) for name in METRICS}
+        known = {f"{self.part}/{name}": float(value) for name, value in values.items() if value is not None}
+        self.backend.log(known, self.step)
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Errors and sizes of the finished run, and its end.
+
+        Args:
+            report: the content of report.json.
+        """
+        values = {f"size/{name}": float(value) for name, value in report["size"]["after"].items()}
+        values |= {
+            f"times_fewer/{name}": value for name, value in report["size"]["compression_ratio"].items()
+        }
+        for split, error in (report["errors"] or {}).items():
+            values |= {f"{split}_error/{when}": value for when, value in (error or {}).items()}
+        self.backend.finish(values)
+
+
+class Listeners:
+    """Several listeners as one."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self.listeners = listeners
+
+    def on_start(self, title: str, epochs: int) -> None:
+        """Tell all."""
+        for listener in self.listeners:
+            listener.on_start(title, epochs)
+
+    def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
+        """Tell all."""
+        for listener in self.listeners:
+            listener.on_step(epoch, step, steps, examples)
+
+    def on_epoch(self, row: EpochRow, epochs: int) -> None:
+        """Tell all."""
+        for listener in self.listeners:
+            listener.on_epoch(row, epochs)
+
+
+class _TensorBoard:
+    def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
+        self.logger = TensorBoardLogger(folder, name="", version="")
+        self.logger.log_hyperparams({key: str(value) for key, value in options.items()})
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.logger.log_metrics(dict(values), step)
+
+    def finish(self, values: Mapping[str, float]) -> None:
+        self.logger.log_metrics(dict(values), 0)
+        self.logger.finalize("success")
+
+
+class _WandB:
+    def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(project=PROJECT, name=name, dir=folder, config=dict(options))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def finish(self, values: Mapping[str, float]) -> None:
+        self.run.summary.update(dict(values))
+        self.run.finish()
+
+
+class _MLflow:
+    def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self.mlflow = mlflow
+        mlflow.set_experiment(PROJECT)
+        mlflow.start_run(run_name=name)
+        mlflow.log_params(dict(options))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.mlflow.log_metrics(dict(values), step=step)
+
+    def finish(self, values: Mapping[str, float]) -> None:
+        self.mlflow.log_metrics(dict(values))
+        self.mlflow.end_run()
+
+
+# name -> (what it is made by, the module that it needs, the package that has it)
+_TRACKERS: dict[str, tuple[Callable[[str, Path, Mapping[str, Any]], _Backend], str, str]] = {
+    "tensorboard": (_TensorBoard, "tensorboard", "tensorboard"),
+    "wandb": (_WandB, "wandb", "wandb"),
+    "mlflow": (_MLflow, "mlflow", "mlflow"),
+}
+TRACKERS = tuple(_TRACKERS)
+
+
+def open_tracker(kind: str, name: str, folder: str | Path, options: Mapping[str, Any]) -> Tracker:
+    """Start a run in a tracker; give it to `compress` as `listener`.
+
+    Args:
+        kind: "tensorboard", "wandb" or "mlflow"; where the last two send what they get is up to their own
+            environment variables and logins.
+        name: of the run.
+        folder: for files: of events (tensorboard), or kept until they are sent (wandb).
+        options: of the run.
+    Raises:
+        ConfigError: there is no such tracker, or its package is not installed.
+    """
+    if kind not in _TRACKERS:
+        raise ConfigError("track", f"no tracker is called '{kind}'.", f"One of: {', '.join(TRACKERS)}")
+    make, module, package = _TRACKERS[kind]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError("track", f"'{kind}' is not installed.", f"pip install {package}")
+    return Tracker(make(name, Path(folder), options))
