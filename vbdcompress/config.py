@@ -144,6 +144,11 @@ class RunConfig(FitConfig):
     embed_preprocessing: bool = Field(
         False, description="Let model.onnx normalise by itself: it takes pixels, uint8 from 0 to 255."
     )
+    int8: bool = Field(
+        False,
+        description="Also write model_int8.onnx, which computes in 8-bit integers (onnxruntime's static "
+        "quantisation), with its error and latency in the report.",
+    )
     prune_inputs: bool = Field(
         False, description="Also remove input features and single flattened features of Linear layers."
     )

@@ -24,11 +24,12 @@ from vbdcompress.errors import ConfigError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_error
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.export import export
+from vbdcompress.exporting.int8 import first_batches, measure_file_error, quantize_int8
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
-from vbdcompress.exporting.preprocessing import to_pixels
+from vbdcompress.exporting.preprocessing import TakesPixels, to_pixels
 from vbdcompress.files import Scratch
-from vbdcompress.inputs import Inputs, example_shape, first
+from vbdcompress.inputs import Inputs, call, example_shape, first
 from vbdcompress.precision import Rounding
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
@@ -37,11 +38,14 @@ from vbdcompress.reporting.write import write_report
 from vbdcompress.sources import Sources, check_labels, first_inputs, warnings_of
 from vbdcompress.stages import Judge, Origin, StageResult, StageRunner
 from vbdcompress.surgery.slice import RemovalPlan
+from vbdcompress.surgery.verify import flatten_output
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 
 SAMPLES = 64
 ORIGINAL_FILE = "original.onnx"
+INT8_FILE = "model_int8.onnx"
+CALIBRATION_EXAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Files:
         origin: where the network came from.
         sources: the data.
         config: the options.
+        metric: how outputs are judged.
         rounding: the codes of rounded weights; None where they were not.
     """
 
@@ -64,6 +69,7 @@ class _Files:
     origin: Origin
     sources: Sources
     config: RunConfig
+    metric: Metric
     rounding: Rounding | None
 
 
@@ -120,8 +126,38 @@ class Result:
             (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
         )
         content = with_export(self.report | {"input": asdict(spec)}, check, latency)
+        if files.config.int8:
+            content = content | {"int8": self._export_int8(folder, spec, given)}
+            content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
         write_report(content, folder)
         return content
+
+    def _export_int8(self, folder: Path, spec: InputSpec, given: Inputs) -> dict[str, Any]:
+        """Write model_int8.onnx; its bytes, errors, and latency beside model.onnx."""
+        files, sources = self.files, self.files.sources
+        source = folder / "model.onnx"
+        if files.config.packs:  # what is rebuilt at session time is no constant to quantise
+            source = files.scratch.folder / "dense.onnx"
+            served = TakesPixels(self.model, spec) if spec.embedded else self.model
+            export_onnx(served, source, given, input_name=spec.name)
+        calibration = first_batches(sources.train, CALIBRATION_EXAMPLES)
+        if spec.embedded:
+            calibration = (to_pixels(inputs, spec) for inputs in calibration)
+        path = folder / INT8_FILE
+        size = quantize_int8(source, path, calibration)
+        sets = {"validation": sources.validation, "test": sources.test}
+        return {
+            "bytes": size,
+            "errors": {
+                name: measure_file_error(path, batches, files.metric, spec)
+                for name, batches in sets.items()
+                if batches is not None
+            },
+            "latency": [
+                {"batch": row.batch, "float_ms": row.original_ms, "int8_ms": row.slim_ms, "calls": row.calls}
+                for row in measure_latency((folder / "model.onnx", given), (path, given))
+            ],
+        }
 
 
 def _metadata(content: Mapping[str, Any], spec: InputSpec) -> dict[str, str]:
@@ -247,6 +283,8 @@ def _run_stages(
             "nobody says by which mean and std the inputs are normalised.",
             "input=InputSpec(shape, mean, std)",
         )
+    if config.int8 and len(_outputs(original, samples)) != 1:
+        raise ConfigError("int8", "is for networks with one output.")
     if judge.loss is cross_entropy:
         check_labels(original, first(samples, 2), sources)
     if fabric.is_global_zero:
@@ -281,8 +319,15 @@ def _run_stages(
     )
     after = measure_size(current, first(samples, 2), before.bytes - FLOAT_BYTES * before.parameters)
     content = report(original, current, first(samples, 2), (before, after), context)
-    files = _Files(scratch, tuple(stage.plan for stage in done), samples, origin, sources, config, rounding)
+    files = _Files(
+        scratch, tuple(stage.plan for stage in done), samples, origin, sources, config, judge.metric, rounding
+    )
     return Result(current, content, original, done[-1].sigma, files, fabric.is_global_zero)
+
+
+def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return flatten_output(call(model, first(samples, 2)))
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:

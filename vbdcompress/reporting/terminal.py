@@ -56,6 +56,8 @@ def print_summary(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"{stage['mode']}: {explanation}; {describe_objective(stage)}", style="dim"))
     if report.get("rounding"):  # reports of before there was rounding lack it
         console.print(Text(_describe_rounding(report["rounding"]), style="dim"))
+    if report.get("int8"):
+        console.print(Text(_describe_int8(report["int8"]), style="dim"))
     if report["export"]:
         console.print(_describe_parity(report["export"]))
     for warning in report["warnings"]:
@@ -91,6 +93,15 @@ def _choose_style(change: str) -> str:
     if change.endswith(("more", "larger", "slower")) or change.startswith("+"):
         return "yellow"
     return "green" if change.endswith(("fewer", "smaller", "faster", "points")) else "dim"
+
+
+def _describe_int8(int8: Mapping[str, Any]) -> str:
+    errors = ", ".join(f"{name} error {format_percent(error)}" for name, error in int8["errors"].items())
+    times = ", ".join(
+        f"{format_ms(row['int8_ms'])} against {format_ms(row['float_ms'])} at batch {row['batch']}"
+        for row in int8["latency"]
+    )
+    return f"in 8-bit integers: {format_bytes(int8['bytes'])}, {errors}; {times}"
 
 
 def _describe_rounding(rounding: Mapping[str, Any]) -> str:
