@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from vbdcompress.fitting import fit
     from vbdcompress.loading import Loaded, load
     from vbdcompress.optimization import parameter_groups
-    from vbdcompress.pipeline import Result, compress
+    from vbdcompress.pipeline import compress
     from vbdcompress.records import InputSpec
     from vbdcompress.reporting.build import ReportContext, report
+    from vbdcompress.result import Result
     from vbdcompress.slimming import Slim, slim
     from vbdcompress.vbd.elbo import ELBO
 
@@ -43,7 +44,7 @@ _HOME = {
     "InputSpec": "vbdcompress.records",
     "Loaded": "vbdcompress.loading",
     "ReportContext": "vbdcompress.reporting.build",
-    "Result": "vbdcompress.pipeline",
+    "Result": "vbdcompress.result",
     "RunConfig": "vbdcompress.config",
     "Slim": "vbdcompress.slimming",
     "SlimFile": "vbdcompress.exporting.slim_file",

@@ -15,6 +15,7 @@ from vbdcompress.count import measure_size
 from vbdcompress.errors import ConfigError, ExportError
 from vbdcompress.exporting.bench import bench, count_macs
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.packing import Storage
 
 
 class Mixed(nn.Module):
@@ -38,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     large = nn.Sequential(nn.Flatten(), nn.Linear(192, 40_000), nn.ReLU(), nn.Linear(40_000, 4))
     large[1].weight.data *= torch.rand(40_000, 192) < 0.02
     export_onnx(Mixed(), folder / "mixed.onnx", torch.randn(2, 3, 8, 8))
-    export_onnx(large, folder / "large.onnx", torch.randn(2, 3, 8, 8), pack=True)
+    export_onnx(large, folder / "large.onnx", torch.randn(2, 3, 8, 8), storage=Storage(True))
     return folder / "mixed.onnx", folder / "large.onnx"
 
 

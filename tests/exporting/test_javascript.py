@@ -13,6 +13,7 @@ import torch
 
 from vbdcompress.architectures import build_architecture
 from vbdcompress.exporting.export import export
+from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import to_pixels
 from vbdcompress.records import InputSpec
 from vbdcompress.rounding import round_weight, roundable, write_rounded_
@@ -45,7 +46,7 @@ def test_node_gets_the_logits_that_python_gets(
     write_rounded_(model, codes)
     samples = torch.randn(5, 1, 8, 8)
     spec = InputSpec(SPEC.shape, SPEC.mean, SPEC.std, embedded=embedded)
-    export(model, tmp_path, samples, input=spec, pack=True, rounded=codes)
+    export(model, tmp_path, samples, input=spec, storage=Storage(True, codes))
     given = (to_pixels(samples, spec) if embedded else samples).numpy()
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     expected: Any = session.run(None, {"input": given})[0]

@@ -17,7 +17,7 @@ from torch import nn
 import vbdcompress.exporting.onnx_file as onnx_file
 from vbdcompress.errors import ExportError
 from vbdcompress.exporting.onnx_file import export_onnx
-from vbdcompress.exporting.packing import pack_
+from vbdcompress.exporting.packing import Storage, pack_
 from vbdcompress.rounding import Rounded, round_weight, roundable, write_rounded_
 
 REBUILDING = {"CumSum", "ScatterElements", "ConstantOfShape", "Gather", "Cast", "Div", "Mod", "Slice", "Mul"}
@@ -97,7 +97,7 @@ def exported(
     model: nn.Module, path: Path, rounded: Mapping[str, Rounded] | None = None, *, pack: bool = True
 ) -> onnx.ModelProto:
     samples = torch.randn(8, *(3, 12, 12), generator=torch.Generator().manual_seed(1))
-    export_onnx(model, path, samples, pack=pack, rounded=rounded)
+    export_onnx(model, path, samples, storage=Storage(pack, rounded or {}))
     return onnx.load(path)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from vbdcompress.errors import ConfigError
 from vbdcompress.exporting.export import export
+from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import to_pixels
 from vbdcompress.pipeline import compress
 from vbdcompress.records import InputSpec
@@ -29,7 +30,7 @@ def test_an_embedded_file_takes_bytes(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (4, 3, 6, 6), dtype=torch.uint8)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (SPEC.mean, SPEC.std))
     samples = (pixels / 255 - mean) / std
-    export(model, tmp_path, samples, input=SPEC, metadata={"classes": "[]"})
+    export(model, tmp_path, samples, input=SPEC, storage=Storage(metadata={"classes": "[]"}))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == "tensor(uint8)"
     assert session.get_modelmeta().custom_metadata_map == {"classes": "[]"}

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import TakesPixels, to_pixels
 from vbdcompress.exporting.slim_file import SlimFile, save_slim
 from vbdcompress.inputs import Inputs, example_shape
 from vbdcompress.records import ExportCheck, InputSpec
-from vbdcompress.rounding import Rounded
 from vbdcompress.surgery.slice import RemovalPlan
 
 
@@ -27,9 +27,7 @@ def export(
     data: str | None = None,
     input: InputSpec | None = None,
     validation: Mapping[str, Any] | None = None,
-    pack: bool = False,
-    rounded: Mapping[str, Rounded] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    storage: Storage | None = None,
 ) -> ExportCheck:
     """Write model.onnx, checked against torch, and slim.safetensors into a folder.
 
@@ -43,7 +41,7 @@ def export(
         input: name, shape and normalisation of the inputs; None takes the samples' shape. Where it is
             embedded, model.onnx normalises by itself and takes pixels from 0 to 255.
         validation: {"fraction", "seed"} of the split that was held out.
-        pack, rounded, metadata: see `export_onnx`.
+        storage: see `export_onnx`.
     Raises:
         ExportError: see `export_onnx`; then neither file is written.
     """
@@ -58,9 +56,7 @@ def export(
         folder / "model.onnx",
         given,
         input_name=spec.name,
-        pack=pack,
-        rounded=rounded,
-        metadata=metadata,
+        storage=storage,
     )
     header = SlimFile(
         tuple(plans),

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.errors import ExportError
-from vbdcompress.exporting.packing import pack_
+from vbdcompress.exporting.packing import Storage, pack_
 from vbdcompress.files import replacing
 from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, resize, shapes_of, tensors_of
 from vbdcompress.records import ExportCheck, PackedTensor
-from vbdcompress.rounding import Rounded
 from vbdcompress.surgery.verify import flatten_output, relative_difference
 
 # Largest |onnxruntime - torch| over the largest |torch|, float32 sums in another order
@@ -46,9 +45,7 @@ def export_onnx(
     input_name: str = "input",
     tolerance: float = TOLERANCE,
     batch_sizes: Sequence[int] = BATCH_SIZES,
-    pack: bool = False,
-    rounded: Mapping[str, Rounded] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    storage: Storage | None = None,
 ) -> ExportCheck:
     """Write a network as an ONNX file that onnxruntime is seen to run as torch does.
 
@@ -60,22 +57,21 @@ def export_onnx(
             names. The first dimension is dynamic. The output is "output".
         tolerance: for the largest difference, relative to the largest output.
         batch_sizes: to compare at.
-        pack: store weights as the constants that `pack_` makes of them.
-        rounded: for `pack_`: parameter -> the codes that its values were made from.
-        metadata: properties of the file: name -> value.
+        storage: whether weights are packed, and what the file says of itself; None: dense, nothing.
     Returns:
         what was checked and found.
     Raises:
         ExportError: the exporter or the checker refused the network, or the outputs differ. No
             file is left then, and one that stood there before stays.
     """
+    storage = storage or Storage()
     plain = copy.deepcopy(model).cpu().eval()
     samples = map_tensors(samples, lambda tensor: tensor.detach().cpu())
     with replacing(path) as partial:
         proto = _to_onnx(plain, samples, input_name)
-        onnx.helper.set_model_props(proto, {str(key): str(value) for key, value in (metadata or {}).items()})
-        dense = proto.SerializeToString() if pack else b""
-        packed = pack_(proto, rounded) if pack else ()
+        onnx.helper.set_model_props(proto, {str(key): str(value) for key, value in storage.metadata.items()})
+        dense = proto.SerializeToString() if storage.pack else b""
+        packed = pack_(proto, storage.rounded) if storage.pack else ()
         if packed:
             _check_packed(proto, dense, resize(samples, max(batch_sizes)), packed)
         onnx.save(proto, partial)

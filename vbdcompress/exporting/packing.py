@@ -23,6 +23,21 @@ FOLDED = 1e-6
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How an ONNX file stores a network.
+
+    Attributes:
+        pack: weights as the constants that `pack_` makes of them.
+        rounded: parameter -> the codes that its values were made from, where they were rounded.
+        metadata: properties of the file: name -> value.
+    """
+
+    pack: bool = False
+    rounded: Mapping[str, Rounded] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Codes:
     """A tensor as codes.
 

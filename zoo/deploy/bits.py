@@ -1,8 +1,9 @@
-"""Bytes against error: one fitted network, its weights in 32 to 4 bits, for all layers alike or as its posterior says.
+"""Bytes against error: one fitted network, its weights in 32 to 4 bits, all alike or as its posterior says.
 
     python zoo/deploy/bits.py --data-root DATA
 
-Errors are of the validation set: the curve is for choosing. The network is LeNet-300-100 with the recipe of its table.
+Errors are of the validation set: the curve is for choosing. The network is LeNet-300-100 with the recipe of
+its table.
 """
 
 import copy
@@ -21,6 +22,7 @@ from vbdcompress.config import make_config, read_toml
 from vbdcompress.data import load_data
 from vbdcompress.evaluation import measure_error
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.packing import Storage
 from vbdcompress.loading import load
 from vbdcompress.rounding import Rounded, choose_bits, round_weight, roundable, write_rounded_
 
@@ -91,7 +93,7 @@ def _row(
     rounded = copy.deepcopy(model)
     write_rounded_(rounded, codes)
     with tempfile.TemporaryDirectory() as folder:
-        check = export_onnx(rounded, Path(folder) / "model.onnx", samples, pack=True, rounded=codes)
+        check = export_onnx(rounded, Path(folder) / "model.onnx", samples, storage=Storage(True, codes))
     row = {
         "name": name,
         "bits": [item.bits for item in codes.values()],

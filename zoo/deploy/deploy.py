@@ -2,8 +2,8 @@
 
     python zoo/deploy/deploy.py                 # on an idle machine
 
-The networks are the finished folders in exports, packed anew without rounding and in 8 bits, and a layer of 25
-million weights of which 98.7 % are zeros.
+The networks are the finished folders in exports, packed anew without rounding and in 8 bits, and a layer of
+25 million weights of which 98.7 % are zeros.
 """
 
 import copy
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vbdcompress import load_slim
 from vbdcompress.exporting.bench import bench
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.packing import Storage
 from vbdcompress.rounding import round_weight, roundable, write_rounded_
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +60,8 @@ def _measure(title: str, model: nn.Module, samples: Tensor, seconds: float) -> d
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{name}.onnx" for name in ("dense", "packed", "packed8")]
         export_onnx(model, paths[0], samples)
-        export_onnx(model, paths[1], samples, pack=True)
-        export_onnx(rounded, paths[2], samples, pack=True, rounded=codes)
+        export_onnx(model, paths[1], samples, storage=Storage(True))
+        export_onnx(rounded, paths[2], samples, storage=Storage(True, codes))
         found = bench(paths, batch_sizes=(1, 64), threads=(1,), seconds=seconds)
     dense = found[0]
     row = {

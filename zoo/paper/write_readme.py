@@ -29,8 +29,14 @@ def main(out: Path) -> None:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(tables=tables, benchmark=benchmark)
+    text = template.render(tables=tables, benchmark=benchmark, bits=_read("bits"), deploy=_read("deploy"))
     out.write_text(text, encoding="utf-8")
+
+
+def _read(name: str) -> Any:
+    """What zoo/deploy/NAME.py wrote; None where it has not run."""
+    path = ZOO / "deploy" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _describe(row: Row) -> dict[str, Any]:

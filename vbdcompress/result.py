@@ -1,0 +1,159 @@
+"""What a run gives: the slim network, its report, and the files that they make."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vbdcompress.config import RunConfig
+from vbdcompress.evaluation import Metric
+from vbdcompress.exporting.export import export
+from vbdcompress.exporting.int8 import first_batches, measure_file_error, quantize_int8
+from vbdcompress.exporting.latency import measure_latency
+from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.packing import Storage
+from vbdcompress.exporting.preprocessing import TakesPixels, to_pixels
+from vbdcompress.files import Scratch
+from vbdcompress.inputs import Inputs
+from vbdcompress.precision import Rounding
+from vbdcompress.records import InputSpec
+from vbdcompress.reporting.build import with_export
+from vbdcompress.reporting.write import write_report
+from vbdcompress.sources import Sources
+from vbdcompress.stages import Origin
+from vbdcompress.surgery.slice import RemovalPlan
+
+ORIGINAL_FILE = "original.onnx"
+INT8_FILE = "model_int8.onnx"
+CALIBRATION_EXAMPLES = 512
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """What the files of a result hold beside the network.
+
+    Attributes:
+        scratch: folder with the original's ONNX file, to compare with; gone when this object is.
+        plans: removal plans, one a stage.
+        samples: the first inputs of the training loader, what the files are checked on.
+        origin: where the network came from.
+        sources: the data.
+        config: the options.
+        metric: how outputs are judged.
+        rounding: the codes of rounded weights; None where they were not.
+    """
+
+    scratch: Scratch
+    plans: tuple[RemovalPlan, ...]
+    samples: Inputs
+    origin: Origin
+    sources: Sources
+    config: RunConfig
+    metric: Metric
+    rounding: Rounding | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` gives.
+
+    Attributes:
+        model: slim, an ordinary nn.Module in eval mode.
+        report: the content of report.json; export and latency are null until `export`.
+        original: the network that came in, for comparison.
+        sigma: parameter -> posterior standard deviation of each of its weights; empty in channels mode.
+        files: what `export` writes beside the network.
+        is_main: False in all but one of several processes: only the main one should write.
+    """
+
+    model: nn.Module
+    report: dict[str, Any]
+    original: nn.Module
+    sigma: dict[str, torch.Tensor]
+    files: ResultFiles
+    is_main: bool
+
+    def __repr__(self) -> str:
+        ratio = self.report["size"]["compression_ratio"]
+        fewer = ", ".join(f"{ratio[key]:.3g}x fewer {key}" for key in ("nonzeros", "parameters", "macs"))
+        return f"Result({fewer}; {self.report['error_split']} error {self.report['error']:.2f} %)"
+
+    def export(self, folder: str | Path) -> dict[str, Any]:
+        """Write model.onnx, slim.safetensors, report.json and report.html; returns the full report.
+
+        Raises:
+            ExportError: the ONNX file does not equal the network; it is not kept.
+        """
+        folder = Path(folder)
+        files, origin, sources = self.files, self.files.origin, self.files.sources
+        spec = replace(sources.input, embedded=files.config.embed_preprocessing)
+        check = export(
+            self.model,
+            folder,
+            files.samples,
+            files.plans,
+            architecture=origin.architecture,
+            arguments=origin.arguments,
+            data=sources.record.name,
+            input=spec,
+            validation=sources.record.split,
+            storage=Storage(
+                files.config.packs,
+                {} if files.rounding is None else files.rounding.codes,
+                _metadata(self.report, spec),
+            ),
+        )
+        given = to_pixels(files.samples, spec) if spec.embedded else files.samples
+        latency = measure_latency(
+            (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
+        )
+        content = with_export(self.report | {"input": asdict(spec)}, check, latency)
+        if files.config.int8:
+            content = content | {"int8": self._export_int8(folder, spec, given)}
+            content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
+        write_report(content, folder)
+        return content
+
+    def _export_int8(self, folder: Path, spec: InputSpec, given: Inputs) -> dict[str, Any]:
+        """Write model_int8.onnx; its bytes, errors, and latency beside model.onnx."""
+        files, sources = self.files, self.files.sources
+        source = folder / "model.onnx"
+        if files.config.packs:  # what is rebuilt at session time is no constant to quantise
+            source = files.scratch.folder / "dense.onnx"
+            served = TakesPixels(self.model, spec) if spec.embedded else self.model
+            export_onnx(served, source, given, input_name=spec.name)
+        calibration = first_batches(sources.train, CALIBRATION_EXAMPLES)
+        if spec.embedded:
+            calibration = (to_pixels(inputs, spec) for inputs in calibration)
+        path = folder / INT8_FILE
+        size = quantize_int8(source, path, calibration)
+        sets = {"validation": sources.validation, "test": sources.test}
+        return {
+            "bytes": size,
+            "errors": {
+                name: measure_file_error(path, batches, files.metric, spec)
+                for name, batches in sets.items()
+                if batches is not None
+            },
+            "latency": [
+                {"batch": row.batch, "float_ms": row.original_ms, "int8_ms": row.slim_ms, "calls": row.calls}
+                for row in measure_latency((folder / "model.onnx", given), (path, given))
+            ],
+        }
+
+
+def _metadata(content: Mapping[str, Any], spec: InputSpec) -> dict[str, str]:
+    """What a model.onnx says of itself, for who has nothing else."""
+    data = content["data"] or {}
+    told = {
+        "made_by": f"vbdcompress {content['environment']['vbdcompress']}",
+        "input": json.dumps(asdict(spec)),
+        "data": data.get("name"),
+        "classes": json.dumps(data["classes"]) if data.get("classes") else None,
+        "error": f"{content['error']:.4g} % on the {content['error_split']} set",
+    }
+    return {name: value for name, value in told.items() if value}
