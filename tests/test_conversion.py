@@ -1,5 +1,7 @@
 """convert: what is swapped, what is left and why; attention, recurrent and tied parameters."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -223,3 +225,54 @@ def test_cost_of_both_is_the_mean_of_the_two():
 def test_without_a_cost_every_channel_weighs_the_same():
     converted = convert(Branches(), torch.randn(2, 3, 10, 10))
     assert [posterior.cost for posterior in find_posteriors(converted.model)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_convert_takes_the_network_out_of_its_wrapping(wrap):
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    converted = convert(wrap(plain), torch.randn(2, 6))
+    assert [row.name for row in converted.table] == ["0", "2"]
+    assert type(converted.model) is nn.Sequential
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+def test_convert_refuses_torchscript_and_says_what_to_give():
+    scripted = torch.jit.trace(nn.Linear(6, 3), torch.randn(2, 6))
+    with pytest.raises(ConvertError, match=r"(?s)TorchScript.*nn\.Module that it was made from"):
+        convert(scripted, torch.randn(2, 6))
+
+
+def test_convert_leaves_parameters_whose_names_torch_keeps():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+            self.keys = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return self.layer(x) @ self.keys
+
+    rows = {row.name: row for row in convert(Named(), torch.randn(2, 6), "weights").table}
+    assert rows["keys"].action == "left"
+    assert "parametrizations keep" in rows["keys"].reason
+
+
+def test_convert_follows_outputs_in_a_dataclass():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        parts: list
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            hidden = self.first(x).relu()
+            return Output(self.head(hidden), [x])
+
+    converted = convert(Wrapped(), torch.randn(2, 6))
+    assert [(group.name, group.size) for group in converted.scan.removable] == [("first", 8)]
+    reasons = {group.name: group.whole_because for group in converted.scan.groups}
+    assert "output of the network" in reasons["head"]

@@ -97,6 +97,7 @@ def convert(
         ConvertError: the network fails on the example, holds NaN, has lazy layers, or nothing in
             it can be converted.
     """
+    model = unwrap(model)
     check_skip(model, skip)
     called = check_model(model, example)
     try:
@@ -127,6 +128,27 @@ def convert(
             "" if mode == "weights" else "Single weights may still go: --mode weights",
         )
     return Converted(converted, mode, rows, scan, example)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network itself, without torch.compile or a wrapper for several devices around it.
+
+    Raises:
+        ConvertError: it is TorchScript, whose layers can't be changed.
+    """
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ConvertError(
+                "convert",
+                "the network is TorchScript (torch.jit), whose layers can't be changed.",
+                "Give the nn.Module that it was made from, or what torch.export makes of that.",
+            )
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = inner
+        else:
+            return model
 
 
 def check_model(model: nn.Module, example: Inputs) -> set[str]:
@@ -215,6 +237,8 @@ def _why_left(
     """Why a parameter outside the standard layers keeps a plain value; None where it need not."""
     if matches_skip(name, skip):
         return "skipped as asked"
+    if hasattr(nn.ModuleDict, name.rsplit(".", 1)[-1]):
+        return "called by a name that torch's parametrizations keep for themselves"
     if id(parameter) in tied:
         others = [other for other in tied[id(parameter)] if other != name]
         return f"shared with {', '.join(others)}"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vbdcompress.config import RunConfig, make_config
-from vbdcompress.conversion import check_model
+from vbdcompress.conversion import check_model, unwrap
 from vbdcompress.count import FLOAT_BYTES, measure_size
 from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric
@@ -88,6 +88,7 @@ def compress(
     config = make_config(options, "compress")
     if isinstance(model, ExportedProgram):
         model = from_exported(model)
+    model = unwrap(model)
     held_out = None if validation is None else True
     if validation is None:
         loader, validation = split_loader(loader, config.validation_fraction, config.seed)

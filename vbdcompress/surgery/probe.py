@@ -8,7 +8,7 @@ the network's code moves its channels about: nothing is said of operations by na
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -184,6 +184,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from _tensors(getattr(value, item.name))
     elif hasattr(value, "__iter__") and not isinstance(value, str | bytes):
         for item in value:
             yield from _tensors(item)

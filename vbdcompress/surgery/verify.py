@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -272,11 +272,13 @@ def as_double(tensor: Tensor) -> Tensor:
 
 
 def flatten_output(output: Any) -> list[Tensor]:
-    """All tensors in a network's output: bare, or in tuples, lists and dicts."""
+    """All tensors in a network's output: bare, or in tuples, lists, dicts and dataclasses."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
         output = output.values()
+    elif is_dataclass(output) and not isinstance(output, type):
+        output = [getattr(output, item.name) for item in fields(output)]
     if isinstance(output, str | bytes) or not hasattr(output, "__iter__"):
         return []
     return [tensor for item in output for tensor in flatten_output(item)]
