@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vbdcompress.architectures import ARCHITECTURES, build_architecture
+from vbdcompress.conversion import convert
 from vbdcompress.errors import LoadError
 
 
@@ -22,6 +23,11 @@ def count(model: nn.Module) -> int:
         ("lenet5", (1, 28, 28), 430_500 + 580),
         ("lenet_300_100", (1, 28, 28), 266_200 + 410),
         ("lenet_500_300", (784,), 784 * 500 + 500 * 300 + 3000 + 810),
+        # VGG-16's 14,714,688 of convolutions with biases, two numbers a channel of batch norm, 512 and 10
+        ("vgg_cifar", (3, 32, 32), 14_714_688 + 2 * 4224 + 512 * 513 + 2 * 512 + 5130),
+        # He et al.: 0.27 M and 0.85 M with identity shortcuts; two 1 x 1 convolutions with batch norm more
+        ("resnet20", (3, 32, 32), 269_722 + 16 * 32 + 32 * 64 + 2 * 96),
+        ("resnet56", (3, 32, 32), 853_018 + 16 * 32 + 32 * 64 + 2 * 96),
         ("digits", (1, 8, 8), 9 * 16 + 9 * 16 * 32 + 2 * 48 + 128 * 64 + 64 + 640 + 10),
     ],
 )
@@ -43,6 +49,17 @@ def test_build_architecture_passes_arguments() -> None:
 def test_build_architecture_gives_fresh_random_weights() -> None:
     first, second = build_architecture("digits"), build_architecture("digits")
     assert not torch.equal(first.get_parameter("fc1.weight"), second.get_parameter("fc1.weight"))
+
+
+@pytest.mark.parametrize("name", ["vgg_cifar", "resnet20"])
+def test_every_channel_of_the_cifar_networks_can_go(name: str) -> None:
+    narrow = {"vgg_cifar": {"width": 0.05}, "resnet20": {"channels": (4, 6, 8)}}[name]
+    model = build_architecture(name, narrow)
+    converted = convert(model, torch.randn(2, 3, 32, 32))
+    left = [row for row in converted.table if row.action == "left" and row.kind in ("Conv2d", "Linear")]
+    assert [row.reason for row in left] == ["reads the input, or what no prunable layer writes"]
+    whole = [group for group in converted.scan.groups if group.whole_because is not None]
+    assert len(whole) == 1  # the logits
 
 
 def test_build_architecture_takes_torchvisions() -> None:

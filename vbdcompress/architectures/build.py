@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from vbdcompress.architectures.cifar import VGGCifar, resnet20, resnet56
 from vbdcompress.architectures.lenet import DigitsNet, LeNet5, lenet_300_100, lenet_500_300
 from vbdcompress.errors import LoadError
 
@@ -19,6 +20,9 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "lenet5": LeNet5,
     "lenet_300_100": lenet_300_100,
     "lenet_500_300": lenet_500_300,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+    "vgg_cifar": VGGCifar,
 }
 
 # Arguments by which torchvision's and timm's builders open files or the network
