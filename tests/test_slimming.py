@@ -14,6 +14,7 @@ from vbdcompress.slimming import (
     measure_curve,
     reestimate_batch_norm_,
     select_threshold,
+    slim,
 )
 from vbdcompress.vbd.posterior import find_posteriors
 
@@ -29,6 +30,30 @@ CURVE = tuple(
         (-1.0, 5.0, 10, 50),
     ]
 )
+
+
+def test_round_to_keeps_multiples_and_the_most_certain_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 30, 3),
+        nn.ReLU(),
+        nn.Conv2d(30, 21, 3),
+        nn.ReLU(),
+        nn.Conv2d(21, 5, 3),
+        nn.Flatten(),
+        nn.Linear(20, 3),
+    )
+    converted = convert(model, torch.randn(2, 3, 8, 8))
+    gates = {posterior.name: posterior for posterior in find_posteriors(converted.model)}
+    for gate, gone in zip(gates.values(), (17, 20, 3), strict=True):
+        gate.log_sigma2.data = torch.randn_like(gate.theta) - 20.0
+        gate.log_sigma2.data[torch.randperm(len(gate.theta))[:gone]] += 40.0
+    plain, rounded = slim(converted, 0.0), slim(converted, 0.0, round_to=8)
+    assert [plain.model[n].out_channels for n in (0, 2, 4)] == [13, 1, 2]
+    assert [rounded.model[n].out_channels for n in (0, 2, 4)] == [16, 8, 5]  # of 5 all stay
+    certain = gates["0"].log_alpha().argsort()[:16].sort().values
+    assert rounded.plan.cuts["0"].outputs == tuple(certain.tolist())
+    assert [group.kept for group in rounded.groups][:2] == [16, 8]
 
 
 @pytest.mark.parametrize(

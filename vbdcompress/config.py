@@ -131,6 +131,12 @@ class RunConfig(FitConfig):
     cost: Literal["none", "params", "macs", "params+macs"] = Field(
         "none", description="Weigh the KL of each channel by what its removal saves: a tempered ELBO."
     )
+    round_to: int = Field(
+        1,
+        ge=1,
+        description="Keep a multiple of this many channels of each group: some runtimes and devices are "
+        "slow at odd numbers.",
+    )
     bits: Bits = Field(
         "32",
         description="Of each weight in the files: auto takes as few as the posterior allows, layer by layer "

@@ -54,10 +54,14 @@ class Converted:
         """
         return self.plain(float("inf"))
 
-    def plain(self, threshold: float) -> nn.Module:
-        """A plain copy, masked: theta where log_alpha < threshold, 0 elsewhere; gates folded into weights."""
+    def plain(self, threshold: float, round_to: int = 1) -> nn.Module:
+        """A plain copy, masked: theta where log_alpha < threshold, 0 elsewhere; gates folded into weights.
+
+        Args:
+            threshold, round_to: see `set_threshold_`.
+        """
         model = copy.deepcopy(self.model).eval()
-        set_threshold_(model, threshold)
+        set_threshold_(model, threshold, round_to)
         for module in list(model.modules()):
             if isinstance(getattr(module, "input_gate", None), InputGate):
                 fold_gate_(module, detach_gate_(module))

@@ -47,7 +47,7 @@ class Slim:
     threshold: float
 
 
-def slim(converted: Converted, threshold: float | None = None) -> Slim:
+def slim(converted: Converted, threshold: float | None = None, *, round_to: int = 1) -> Slim:
     """Remove every weight or channel with log_alpha >= threshold, exactly.
 
     The converted network, masked in eval mode, and the slim one compute the same function: checked in
@@ -56,13 +56,14 @@ def slim(converted: Converted, threshold: float | None = None) -> Slim:
     Args:
         converted: fitted; left as it was.
         threshold: None takes the mode's default.
+        round_to: keep a multiple of this many channels of each group, where it has so many.
     Raises:
         SlimError: the two differ: a defect, better a stop than a wrong network.
     """
     chosen = DEFAULT_THRESHOLD[converted.mode] if threshold is None else threshold
     gated = copy.deepcopy(converted.model).cpu().double().eval()
-    set_threshold_(gated, chosen)
-    masked = replace(converted, model=gated).plain(chosen)
+    set_threshold_(gated, chosen, round_to)
+    masked = replace(converted, model=gated).plain(chosen, round_to)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
     probes = _probes_for(gated, converted.example)
     for fold in (True, False):
@@ -212,6 +213,7 @@ def measure_curve(
     prepare: Callable[[nn.Module], None],
     graph_bytes: int = 0,
     asked: float | None = None,
+    round_to: int = 1,
 ) -> tuple[CurvePoint, ...]:
     """Error and size against the threshold, from one fit, by cutting at each.
 
@@ -221,13 +223,14 @@ def measure_curve(
         prepare: what is done to a slim network before it is measured (batch norm's statistics).
         graph_bytes: see `measure_size`.
         asked: a threshold to measure beside CURVE_THRESHOLDS.
+        round_to: see `slim`.
     Returns:
         points from the whole network down; thresholds that cut the same are one point.
     """
     points: list[CurvePoint] = []
     chosen = set() if asked is None else {asked}
     for threshold in sorted({*CURVE_THRESHOLDS, *chosen, float("inf")}, reverse=True):
-        model = slim(converted, threshold).model
+        model = slim(converted, threshold, round_to=round_to).model
         size = measure_size(model, converted.example, graph_bytes)
         if points and size == points[-1].size:
             if threshold in chosen:  # the same network: called by the threshold that was asked for

@@ -146,6 +146,7 @@ class StageRunner:
             prepare=self.prepare,
             graph_bytes=self.original.bytes - FLOAT_BYTES * self.original.parameters,
             asked=_log_threshold(config),
+            round_to=config.round_to,
         )
         curve, selection, slimmed = self._choose(converted, curve, number, baseline, samples)
         self.prepare(slimmed.model)
@@ -180,7 +181,7 @@ class StageRunner:
         points = list(curve)
         while True:
             selection = self._select(points, converted.mode, number, baseline)
-            slimmed = slim(converted, selection.threshold)
+            slimmed = slim(converted, selection.threshold, round_to=self.config.round_to)
             bound = selection.limits.get("bytes")
             if bound is None:
                 return tuple(points), selection, slimmed

@@ -22,7 +22,7 @@ FIRST_STEPS = ["1-channels", "1-weights"]
 LATER_STEPS = ["2-channels", "2-weights", "finetune"]
 # Options that a run may go on with changed: they act once the first posterior is fitted
 AFTER_THE_FIT = {
-    *("threshold", "max_error_increase", "max_params", "max_macs", "max_bytes"),
+    *("threshold", "round_to", "max_error_increase", "max_params", "max_macs", "max_bytes"),
     *("finetune_epochs", "lr_finetune", "bits", "pack", "embed_preprocessing", "int8"),
 }
 

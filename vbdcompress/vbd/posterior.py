@@ -155,7 +155,24 @@ def _is_parametrization(name: str) -> bool:
     return "parametrizations" in name.split(".")
 
 
-def set_threshold_(model: nn.Module, threshold: float) -> None:
-    """Let eval mode mask everything with log_alpha >= threshold; inf masks nothing."""
+def set_threshold_(model: nn.Module, threshold: float, round_to: int = 1) -> None:
+    """Let eval mode mask everything with log_alpha >= threshold; inf masks nothing.
+
+    Args:
+        round_to: of each set of gates as many more stay, those with the smallest log_alpha first, as make
+            their number a multiple of this.
+    """
     for posterior in find_posteriors(model):
-        posterior.holder.threshold = threshold
+        gates = posterior.kind == "gate" and round_to > 1
+        posterior.holder.threshold = _rounded(posterior, threshold, round_to) if gates else threshold
+
+
+def _rounded(posterior: Posterior, threshold: float, round_to: int) -> float:
+    """The threshold at or above the given one that keeps a multiple of `round_to`, or all."""
+    log_alpha = posterior.log_alpha().detach().sort().values
+    kept = max(1, int((log_alpha < threshold).sum()))
+    wanted = -(-kept // round_to) * round_to
+    if wanted >= len(log_alpha):
+        return KEEP_ALL
+    between = float(log_alpha[wanted - 1 : wanted + 1].double().mean())
+    return max(threshold, between)
