@@ -55,6 +55,8 @@ def _start(name: str, mode: str) -> str:
         ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return f"not done after {SECONDS} s"
+    if ended.returncode < 0:
+        return f"killed by signal {-ended.returncode}, as a rule for want of memory"
     told = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
     return told[0] if ended.returncode else ""
 

@@ -29,7 +29,13 @@ def main(out: Path) -> None:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(tables=tables, benchmark=benchmark, bits=_read("bits"), deploy=_read("deploy"))
+    text = template.render(
+        tables=tables,
+        benchmark=benchmark,
+        bits=_read("bits"),
+        deploy=_read("deploy"),
+        channels=_read("channels"),
+    )
     out.write_text(text, encoding="utf-8")
 
 
