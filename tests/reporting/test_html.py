@@ -67,8 +67,8 @@ def test_render_html_shows_what_a_reader_came_for(report):
 
 def test_render_html_draws_every_chart(report):
     charts = Page(render_html(report)).charts()
-    assert charts[:5] == ["curve0", "bars-nonzeros", "bars-macs", "objective", "error"]
-    assert charts[5:] == ["alpha0-0", "alpha0-1", "alpha0-2", "alpha0-3"]
+    assert charts[:6] == ["curve0", "bars-nonzeros", "bars-macs", "latency", "objective", "error"]
+    assert charts[6:] == ["alpha0-0", "alpha0-1", "alpha0-2", "alpha0-3"]
 
 
 def test_render_html_is_self_contained(large_page):
@@ -151,7 +151,7 @@ def test_render_html_with_one_epoch_and_an_empty_curve(report):
     stage["selection"]["threshold"] = None
     report["finetune"] = []
     page = Page(render_html(report))
-    assert page.charts() == ["bars-nonzeros", "bars-macs", "objective"]
+    assert page.charts() == ["bars-nonzeros", "bars-macs", "latency", "objective"]
     assert "No curve was measured." in page.text
 
 

@@ -86,7 +86,7 @@ def open_page(source, folder, width):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the PATH")
-@pytest.mark.parametrize(("name", "width", "number"), [("page", 1280, 9), ("large_page", 390, 38)])
+@pytest.mark.parametrize(("name", "width", "number"), [("page", 1280, 10), ("large_page", 390, 39)])
 def test_page_is_drawn_without_console_errors(request, tmp_path, name, width, number):
     probe, console = open_page(request.getfixturevalue(name), tmp_path, width)
     assert console == []

@@ -4,6 +4,7 @@ Each goes from the report's plain JSON to an inline <svg>, "" where there is not
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import inf, log10
 from typing import Any
 
@@ -165,31 +166,62 @@ def draw_bars(layers: Sequence[Mapping[str, Any]], field: str, key: str) -> str:
         return ""
     before = [layer["before"][field] for layer in shown]
     after = [(layer["after"] or {}).get(field) or 0 for layer in shown]
-    low = min(value for value in before + after if value > 0)
-    left = 10 ** (log10(low) - 0.25)
+    what = SIZE_NAMES[field]
+    description = f"{what} of {len(shown)} layers, before and after; numbers in the table."
+    rows = _Rows([shorten_name(layer["name"]) for layer in shown], before, after, ("before", "after"))
+    return _draw_rows(rows, what, key, f"{what} by layer".capitalize(), description)
+
+
+def draw_latency(latency: Sequence[Mapping[str, Any]], key: str) -> str:
+    """A bar for each batch size, original and slim, on a logarithmic scale.
+
+    Args:
+        latency: the report's "latency".
+        key: unique in the page.
+    """
+    if not latency:
+        return ""
+    names = [f"batch {row['batch']}" for row in latency]
+    original, slim = ([row[name] for row in latency] for name in ("original_ms", "slim_ms"))
+    description = "Median milliseconds of one call, original and slim; numbers in the table."
+    rows = _Rows(names, original, slim, ("original", "slim"))
+    return _draw_rows(rows, "milliseconds of one call", key, "Latency by batch size", description)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A pair of bars in each row: names of the rows, values, and what the two are called."""
+
+    names: Sequence[str]
+    before: Sequence[float]
+    after: Sequence[float]
+    labels: tuple[str, str]
+
+
+def _draw_rows(rows: _Rows, label: str, key: str, title: str, description: str) -> str:
+    low = min(value for value in (*rows.before, *rows.after) if value > 0)
+    left, right, count = 10 ** (log10(low) - 0.25), 1.05 * max((*rows.before, *rows.after)), len(rows.names)
     with chart_style():
         step = 19
-        names = [shorten_name(layer["name"]) for layer in shown]
-        margin = 14 + 5.6 * max(len(name) for name in names)
-        figure, axes = make_axes(step * len(shown) + 66, left=margin, bottom=40, top=26, right=44)
+        margin = 14 + 5.6 * max(len(name) for name in rows.names)
+        figure, axes = make_axes(step * count + 66, left=margin, bottom=40, top=26, right=44)
         axes.set_xscale("log")
-        axes.set_xlim(left, 1.05 * max(before))
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.add_patch(_make_bars(before, left, 0.76, facecolor=BEFORE, label="before"))
-        axes.add_patch(_make_bars(after, left, 0.42, facecolor=BLUE, label="after"))
-        for row, (old, new) in enumerate(zip(before, after, strict=True)):
+        axes.set_xlim(left, right)
+        axes.set_ylim(count - 0.4, -0.6)
+        axes.add_patch(_make_bars(rows.before, left, 0.76, facecolor=BEFORE, label=rows.labels[0]))
+        axes.add_patch(_make_bars(rows.after, left, 0.42, facecolor=BLUE, label=rows.labels[1]))
+        for row, (old, new) in enumerate(zip(rows.before, rows.after, strict=True)):
             text = format_ratio(old / new) if new else "gone"
             axes.text(1.015, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10)
-        ticks = choose_log_ticks(left, 1.05 * max(before), most=5)
+        ticks = choose_log_ticks(left, right, most=5)
         axes.set_xticks(ticks, [format_short(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
-        axes.set_yticks(range(len(names)), names, color=INK, fontsize=10)
+        axes.set_yticks(range(count), rows.names, color=INK, fontsize=10)
         axes.grid(visible=True, axis="x")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(SIZE_NAMES[field])
+        axes.set_xlabel(label)
         add_legend(axes)
-        description = f"{SIZE_NAMES[field]} of {len(shown)} layers, before and after; numbers in the table."
-        return render_svg(figure, key, f"{SIZE_NAMES[field]} by layer".capitalize(), description)
+        return render_svg(figure, key, title, description)
 
 
 def _join_boxes(boxes: Sequence[tuple[float, float, float, float]]) -> Path:

@@ -16,6 +16,7 @@ from vbdcompress.reporting.charts import (
     cut_error_axis,
     draw_bars,
     draw_curve,
+    draw_latency,
     find_chosen,
 )
 from vbdcompress.reporting.fit_charts import choose_histograms, draw_error, draw_histogram, draw_objective
@@ -61,6 +62,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         stages=_prepare_stages(report),
         layers=_prepare_layers(report["layers"]),
         training=_prepare_training(report),
+        latency_svg=Markup(draw_latency(report["latency"], "latency")),
         snippet=write_snippet(report) if report["export"] else "",
         section_rows=SECTION_ROWS,
     )
