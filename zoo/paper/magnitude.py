@@ -2,8 +2,7 @@
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015: prune the
 smallest, train what is left, and again, ROUNDS times. The same dense network, data, batches, teacher
-and number of epochs as VBD's run. Single weights: torch.nn.utils.prune, over all layers at once, by
-magnitude over the layer's standard deviation.
+and number of epochs as VBD's run. Single weights: torch.nn.utils.prune, over all layers at once.
 Channels: torch-pruning's MagnitudePruner, over all layers at once; it cannot remove inputs.
 
     python zoo/paper/magnitude.py lenet_300_100_weights --seed 0 --out RUN --data-root DATA
@@ -112,21 +111,12 @@ def _prune_in_rounds(
 
 
 def _prune_weights_(model: nn.Module, allowed: int) -> None:
-    """Zero the smallest weights of all layers together until `allowed` parameters are not 0.
-
-    Smallest relative to their layer's spread: Han et al.'s threshold is a multiple of the standard
-    deviation of a layer's weights, here of those that are left.
-    """
+    """Zero the smallest weights of all layers together until `allowed` parameters are not 0."""
     layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     count = sum(module.weight.numel() for module, _ in layers)
     others = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     others -= sum(int(module.weight.count_nonzero()) for module, _ in layers)
-    scores = {
-        (module, name): module.weight.detach().abs() / module.weight[module.weight != 0].std()
-        for module, name in layers
-    }
-    amount = count - (allowed - others)
-    prune.global_unstructured(layers, prune.L1Unstructured, importance_scores=scores, amount=amount)
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=count - (allowed - others))
     for module, name in layers:
         prune.remove(module, name)
 
