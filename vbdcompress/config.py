@@ -15,6 +15,7 @@ from vbdcompress.errors import ConfigError
 Mode = Literal["weights", "channels", "both"]
 Prior = Literal["vbd", "vd"]
 Bits = Literal["32", "16", "8", "4", "auto"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 

@@ -16,7 +16,7 @@ from vbdcompress.exporting.int8 import first_batches, measure_file_error, quanti
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage
-from vbdcompress.exporting.preprocessing import TakesPixels, to_pixels
+from vbdcompress.exporting.preprocessing import TakesPixels, inputs_for
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs
 from vbdcompress.precision import Rounding
@@ -107,7 +107,7 @@ class Result:
                 _metadata(self.report, spec),
             ),
         )
-        given = to_pixels(files.samples, spec) if spec.embedded else files.samples
+        given = inputs_for(spec, files.samples)
         latency = measure_latency(
             (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
         )
@@ -126,9 +126,8 @@ class Result:
             source = files.scratch.folder / "dense.onnx"
             served = TakesPixels(self.model, spec) if spec.embedded else self.model
             export_onnx(served, source, given, input_name=spec.name)
-        calibration = first_batches(sources.train, CALIBRATION_EXAMPLES)
-        if spec.embedded:
-            calibration = (to_pixels(inputs, spec) for inputs in calibration)
+        batches = first_batches(sources.train, CALIBRATION_EXAMPLES)
+        calibration = (inputs_for(spec, inputs) for inputs in batches)
         path = folder / INT8_FILE
         size = quantize_int8(source, path, calibration)
         sets = {"validation": sources.validation, "test": sources.test}

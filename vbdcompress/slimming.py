@@ -99,15 +99,15 @@ def posterior_sigma(converted: Converted, slimmed: Slim) -> dict[str, Tensor]:
     Args:
         converted: what `slimmed` was cut from.
     """
+    weights = [posterior for posterior in find_posteriors(converted.model) if posterior.kind == "weight"]
+    if not weights:
+        return {}
     spread = converted.plain(slimmed.threshold).cpu()
-    names = []
-    for posterior in find_posteriors(converted.model):
-        if posterior.kind == "weight":
-            sigma = (0.5 * posterior.log_sigma2.detach().cpu().double()).exp()
-            spread.get_parameter(posterior.name).data = sigma
-            names.append(posterior.name)
+    for posterior in weights:
+        sigma = (0.5 * posterior.log_sigma2.detach().cpu().double()).exp()
+        spread.get_parameter(posterior.name).data = sigma
     apply_plan_(spread, slimmed.plan)
-    return {name: spread.get_parameter(name).detach() for name in names}
+    return {posterior.name: spread.get_parameter(posterior.name).detach() for posterior in weights}
 
 
 def _probes_for(model: nn.Module, example: Inputs) -> tuple[Inputs, Inputs]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
+from vbdcompress.config import TrackerName
 from vbdcompress.errors import ConfigError
 from vbdcompress.records import EpochRow
 from vbdcompress.training import Listener
@@ -137,15 +138,14 @@ class _MLflow:
 
 
 # name -> (what it is made by, the module that it needs, the package that has it)
-_TRACKERS: dict[str, tuple[Callable[[str, Path, Mapping[str, Any]], _Backend], str, str]] = {
+_TRACKERS: dict[TrackerName, tuple[Callable[[str, Path, Mapping[str, Any]], _Backend], str, str]] = {
     "tensorboard": (_TensorBoard, "tensorboard", "tensorboard"),
     "wandb": (_WandB, "wandb", "wandb"),
     "mlflow": (_MLflow, "mlflow", "mlflow"),
 }
-TRACKERS = tuple(_TRACKERS)
 
 
-def open_tracker(kind: str, name: str, folder: str | Path, options: Mapping[str, Any]) -> Tracker:
+def open_tracker(kind: TrackerName, name: str, folder: str | Path, options: Mapping[str, Any]) -> Tracker:
     """Start a run in a tracker; give it to `compress` as `listener`.
 
     Args:
@@ -158,7 +158,7 @@ def open_tracker(kind: str, name: str, folder: str | Path, options: Mapping[str,
         ConfigError: there is no such tracker, or its package is not installed.
     """
     if kind not in _TRACKERS:
-        raise ConfigError("track", f"no tracker is called '{kind}'.", f"One of: {', '.join(TRACKERS)}")
+        raise ConfigError("track", f"no tracker is called '{kind}'.", f"One of: {', '.join(_TRACKERS)}")
     make, module, package = _TRACKERS[kind]
     if importlib.util.find_spec(module) is None:
         raise ConfigError("track", f"'{kind}' is not installed.", f"pip install {package}")

@@ -105,7 +105,7 @@ def _open_onnx(file: Path) -> _Network:
     import torch
 
     from vbdcompress.exporting.onnx_file import open_session, run_session
-    from vbdcompress.exporting.preprocessing import to_pixels
+    from vbdcompress.exporting.preprocessing import inputs_for
     from vbdcompress.records import InputSpec
     from vbdcompress.reporting.write import read_report
 
@@ -118,7 +118,7 @@ def _open_onnx(file: Path) -> _Network:
         spec = InputSpec.from_json(content["input"])
 
     def run(inputs: torch.Tensor) -> torch.Tensor:
-        given = to_pixels(inputs, spec) if spec is not None and spec.embedded else inputs
+        given = inputs if spec is None else inputs_for(spec, inputs)
         return torch.from_numpy(run_session(session, given)[0])
 
     return _Network(name, spec, split, run)

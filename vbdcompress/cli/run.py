@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -15,7 +15,7 @@ from vbdcompress.cli.options import (
     parse_arch_args,
     parse_normalisation,
 )
-from vbdcompress.config import RunConfig, make_config, read_toml
+from vbdcompress.config import RunConfig, TrackerName, make_config, read_toml
 from vbdcompress.errors import ConfigError, DataError
 from vbdcompress.records import InputSpec
 
@@ -36,7 +36,7 @@ TRACKING = "tracking"
 @click.option("--validation", metavar="PATH", help="Folder or .npz of validation data of your own.")
 @click.option(
     "--track",
-    type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+    type=click.Choice(get_args(TrackerName)),
     help="Send curves to a tracker; tensorboard's files are in OUT/tracking.",
 )
 @click.option("--resume", is_flag=True, help="Go on from where an unfinished run stopped.")
@@ -49,7 +49,7 @@ def command(
     out: Path | None,
     config_file: Path | None,
     validation: str | None,
-    track: str | None,
+    track: TrackerName | None,
     resume: bool,
     overwrite: bool,
     arch: str | None,
@@ -96,7 +96,7 @@ def command(
 class _Ways:
     """What a run does with an output folder that exists, and whom it tells."""
 
-    track: str | None
+    track: TrackerName | None
     resume: bool
     overwrite: bool
 

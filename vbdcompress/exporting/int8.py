@@ -12,7 +12,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from vbdcompress.errors import ExportError
 from vbdcompress.evaluation import Metric
 from vbdcompress.exporting.onnx_file import open_session, run_session
-from vbdcompress.exporting.preprocessing import to_pixels
+from vbdcompress.exporting.preprocessing import inputs_for
 from vbdcompress.files import Scratch, replacing
 from vbdcompress.inputs import Inputs, tensors_of
 from vbdcompress.records import InputSpec
@@ -79,8 +79,7 @@ def measure_file_error(path: Path, batches: Iterable[Any], metric: Metric, spec:
     session = open_session(path)
     wrong, count = 0.0, 0
     for inputs, target in batches:
-        given = to_pixels(inputs, spec) if spec.embedded else inputs
-        output = torch.from_numpy(run_session(session, given)[0])
+        output = torch.from_numpy(run_session(session, inputs_for(spec, inputs))[0])
         errors = metric(output, target)
         wrong += float(errors.double().sum())
         count += errors.numel()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.inputs import Inputs
 from vbdcompress.records import InputSpec
 
 PIXEL_MAX = 255
@@ -24,6 +25,11 @@ class TakesPixels(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         output: Tensor = self.model((pixels.float() / PIXEL_MAX - self.mean) / self.std)
         return output
+
+
+def inputs_for(spec: InputSpec, inputs: Inputs) -> Inputs:
+    """What a file takes for normalised inputs: their pixels where it normalises by itself."""
+    return to_pixels(inputs, spec) if spec.embedded else inputs
 
 
 def to_pixels(inputs: Tensor, spec: InputSpec) -> Tensor:
