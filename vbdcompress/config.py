@@ -26,9 +26,18 @@ class FitConfig(BaseModel):
 
     prior: Prior = Field("vbd", description="Prior: the paper's hierarchical one, or log-uniform (vd).")
     epochs: int = Field(100, ge=0, description="Passes over the training set.")
-    lr: float = Field(2e-3, gt=0, description="Adam's rate for weights (theta).")
-    lr_log_sigma2: float = Field(3e-3, gt=0, description="Adam's rate for log variances of weights.")
-    lr_gates: float = Field(3e-2, gt=0, description="Adam's rate for channel gates.")
+    optimizer: Literal["adam", "sgd"] = Field(
+        "adam", description="Adam, or gradient descent with Nesterov's momentum of 0.9."
+    )
+    lr: float = Field(2e-3, gt=0, description="Rate for weights (theta).")
+    lr_log_sigma2: float = Field(3e-3, gt=0, description="Rate for log variances of weights.")
+    lr_gates: float = Field(3e-2, gt=0, description="Rate for channel gates.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="Of weights that have no prior: not of biases, norms and what has a posterior; "
+        "decoupled from the gradient's scale in Adam.",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="How all rates fall over the epochs."
     )
@@ -127,7 +136,7 @@ class RunConfig(FitConfig):
     finetune_epochs: int = Field(
         10, ge=0, description="Last epochs of ordinary training of the slim network; zeros stay zero."
     )
-    lr_finetune: float = Field(5e-4, gt=0, description="Adam's rate there, falling linearly to 0.")
+    lr_finetune: float = Field(5e-4, gt=0, description="Rate there, falling linearly to 0.")
     skip: tuple[str, ...] = Field((), description="Layer to leave whole, with all below it; may be repeated.")
     cost: Literal["none", "params", "macs", "params+macs"] = Field(
         "none", description="Weigh the KL of each channel by what its removal saves: a tempered ELBO."

@@ -154,7 +154,10 @@ def _run_stages(
     if judge.loss is cross_entropy:
         check_labels(original, first(samples, 2), sources)
     if fabric.is_global_zero:
-        workplace.claim(identify_run(original, sources.record, config, samples))
+        record = sources.record
+        workplace.claim(
+            identify_run(original, (record.name, record.train, record.validation), config, samples)
+        )
     fabric.barrier()
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)

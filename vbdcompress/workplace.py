@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from vbdcompress.config import RunConfig
 from vbdcompress.errors import FitError
 from vbdcompress.files import write_text
 from vbdcompress.inputs import Inputs, example_shape
-from vbdcompress.reporting.build import DataRecord
 from vbdcompress.training import Listener
 
 IDENTITY_FILE = "run.json"
-FIRST_STEPS = ["1-channels", "1-weights"]
+TRAINING = "training"
+FIRST_STEPS = ["1-channels", "1-weights", TRAINING]
 LATER_STEPS = ["2-channels", "2-weights", "finetune"]
 # Options that a run may go on with changed: they act once the first posterior is fitted
 AFTER_THE_FIT = {
@@ -27,8 +28,15 @@ AFTER_THE_FIT = {
 }
 
 
-def identify_run(model: nn.Module, record: DataRecord, config: RunConfig, samples: Inputs) -> dict[str, Any]:
-    """What makes a run this run: its network, its data and its options but for the machine's."""
+def identify_run(
+    model: nn.Module, data: tuple[str | None, int, int], config: RunConfig, samples: Inputs
+) -> dict[str, Any]:
+    """What makes a run this run: its network, its data and its options but for the machine's.
+
+    Args:
+        data: name, number of training and of validation examples.
+        samples: some of them, for the shape of one.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -36,7 +44,7 @@ def identify_run(model: nn.Module, record: DataRecord, config: RunConfig, sample
     options = config.model_dump(mode="json", exclude={"device", "devices", "precision"})
     return {
         "network": digest.hexdigest()[:16],
-        "data": [record.name, record.train, record.validation, list(example_shape(samples))],
+        "data": [*data, list(example_shape(samples))],
         **options,
     }
 
@@ -79,3 +87,15 @@ class Workplace:
     def checkpoint(self, step: str) -> FitCheckpoint | None:
         """The checkpoint of one step of the run; None where nothing is kept."""
         return None if self.folder is None else FitCheckpoint(self.folder / f"{step}.ckpt", self.resume)
+
+    def remove_if_empty(self) -> None:
+        """Leave no trace of a run that failed before it had anything to keep."""
+        if self.folder is not None and self.folder.is_dir() and not any(self.folder.glob("*.ckpt")):
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder of a run that is done, and the one around it if nothing else is in it."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()

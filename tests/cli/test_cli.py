@@ -92,35 +92,6 @@ def test_run_takes_a_toml_and_flags_win(cli, zoo, tmp_path):
     assert "did you mean 'epochs'" in err
 
 
-def test_train_then_run_on_the_user_s_npz(cli, tmp_path):
-    generator = np.random.default_rng(0)
-    labels = np.arange(120) % 3
-    images = generator.integers(0, 60, (120, 8, 8)).astype(np.uint8)
-    images[np.arange(120), labels] += 150
-    np.savez(tmp_path / "set.npz", images=images, labels=labels)
-    net = tmp_path / "net.pt"
-    code, _, err = cli(
-        "train",
-        "digits",
-        "--arch-arg",
-        "classes=3",
-        "--data",
-        tmp_path / "set.npz",
-        "--out",
-        net,
-        "--epochs",
-        "8",
-    )
-    assert (code, err) == (0, "")
-    code, _, err = cli(
-        "run", net, "--data", tmp_path / "set.npz", "--out", tmp_path / "out", "--mode", "channels", *QUICK
-    )
-    assert (code, err) == (0, "")
-    content = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert content["error_split"] == "validation"
-    assert content["data"]["classes"] == ["0", "1", "2"]
-
-
 def test_run_warns_where_the_file_does_not_say_its_split(cli, zoo, tmp_path):
     state = torch.load(zoo / "digits.pt", weights_only=True)["state_dict"]
     torch.save(state, tmp_path / "bare.pt")

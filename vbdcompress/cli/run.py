@@ -1,7 +1,7 @@
 """vbdcompress run: the main job."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -199,22 +199,22 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
     origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}))
     console = Console(quiet=not main)
     _print_start(console, file, loaded, sources, config)
-    tracker = None
+    workplace, tracker = Workplace(out / STATE, ways.resume), None
     if ways.track and main:
         tracker = open_tracker(ways.track, out.name, out / TRACKING, config.model_dump(mode="json"))
     try:
         with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
             listener = Listeners([progress, tracker]) if tracker else progress
-            workplace = Workplace(out / STATE, ways.resume, listener)
+            workplace = replace(workplace, listener=listener)
             result = run_stages(loaded.model, sources, config, origin, Judge(), workplace)
     finally:
         if main:
-            _remove_if_empty(out)
+            workplace.remove_if_empty()
     if not result.is_main:
         return
     with console.status("Exporting and checking the ONNX file"):
         content = result.export(out)
-    shutil.rmtree(out / STATE, ignore_errors=True)
+    workplace.remove()
     if tracker:
         tracker.finish(content)
     print_summary(content, console)
@@ -259,12 +259,3 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
             f"folder '{out}' exists and holds {what}.",
             f"{go_on}--overwrite to replace it, or --out DIR",
         )
-
-
-def _remove_if_empty(out: Path) -> None:
-    """Leave no trace of a run that failed before it had anything to keep."""
-    state = out / STATE
-    if state.is_dir() and not any(state.glob("*.ckpt")):
-        shutil.rmtree(state)
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()

@@ -1,7 +1,9 @@
 """vbdcompress train: make a .pt file that `run` takes."""
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,10 +17,19 @@ from vbdcompress.cli.options import (
 from vbdcompress.config import make_config
 from vbdcompress.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vbdcompress.config import RunConfig
+    from vbdcompress.data import DataSet
+    from vbdcompress.workplace import Workplace
+
 OPTIONS = (
     "epochs",
     "batch_size",
+    "optimizer",
     "lr",
+    "weight_decay",
     "schedule",
     "clip_norm",
     "augment",
@@ -34,6 +45,7 @@ OPTIONS = (
 @click.command("train", short_help="Train a network from scratch.")
 @click.argument("arch")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .pt file to write.")
+@click.option("--resume", is_flag=True, help="Go on from where an unfinished training of this file stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
 @click.option(
     "--arch-arg",
@@ -47,6 +59,7 @@ OPTIONS = (
 def command(
     arch: str,
     out: Path,
+    resume: bool,
     overwrite: bool,
     arch_args: tuple[str, ...],
     data: str | None,
@@ -56,70 +69,120 @@ def command(
     std: str | None,
     **options: Any,
 ) -> None:
-    """Train ARCH by Adam and write a checkpoint that names its architecture, data set and split.
+    """Train ARCH and write a checkpoint that names its architecture, data set and split.
 
-    The validation split is not trained on, so that `run` can choose on it honestly.
+    The validation split is not trained on, so that `run` can choose on it honestly. A training that was
+    cut off goes on with --resume; until it is done its state lies in .state beside the file.
 
     \b
-    Example:
+    Examples:
       vbdcompress train lenet5 --data mnist --data-root DATA --epochs 20 --out zoo/lenet5.pt
+      vbdcompress train resnet20 --data cifar10 --data-root DATA --optimizer sgd --lr 0.1
+        --weight-decay 5e-4 --batch-size 128 --out resnet20.pt
     """
     if data is None:
         raise ConfigError("train", "no data set is named.", "--data digits, mnist, a folder or .npz")
     if out.exists() and not overwrite:
         raise ConfigError("train", f"'{out}' exists.", "--overwrite to replace it")
+    if resume and not _state_of(out).is_dir():
+        raise ConfigError("train", f"there is no unfinished training of '{out}'.", "Start without --resume.")
+    if _state_of(out).is_dir() and not resume and not overwrite:
+        raise ConfigError(
+            "train",
+            f"there is an unfinished training of '{out}'.",
+            "--resume to go on, or --overwrite to start anew",
+        )
     config = make_config(given_options(options), "train")
     reading = {"root": data_root, "image_size": image_size, "normalisation": parse_normalisation(mean, std)}
-    _train(arch, parse_arch_args(arch_args), out, data, reading, config)
+    _train(_Order(arch, parse_arch_args(arch_args), data, out, resume), reading, config)
 
 
-def _train(
-    arch: str,
-    arguments: dict[str, Any],
-    out: Path,
-    data: str,
-    reading: dict[str, Any],
-    config: Any,
-) -> None:
+@dataclass(frozen=True)
+class _Order:
+    """What is trained, on what, and the file that it goes to."""
+
+    arch: str
+    arguments: dict[str, Any]
+    data: str
+    out: Path
+    resume: bool
+
+    @property
+    def data_name(self) -> str:
+        """As the file records it: without the folders of this machine."""
+        return Path(self.data).name if Path(self.data).exists() else self.data
+
+
+def _state_of(out: Path) -> Path:
+    """Folder of the checkpoints until the file is written."""
+    return out.parent / ".state" / out.name
+
+
+def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     import torch
     from rich.console import Console
 
     from vbdcompress.architectures import build_architecture
     from vbdcompress.conversion import check_model
     from vbdcompress.data import load_data
-    from vbdcompress.evaluation import measure_error
     from vbdcompress.fitting import fit
-    from vbdcompress.loading import Loaded, save_checkpoint
     from vbdcompress.progress import FitProgress
+    from vbdcompress.workplace import TRAINING
 
-    split = {"fraction": config.validation_fraction, "seed": config.seed}
-    dataset = load_data(data, validation_fraction=split["fraction"], validation_seed=split["seed"], **reading)
+    dataset = load_data(
+        order.data, validation_fraction=config.validation_fraction, validation_seed=config.seed, **reading
+    )
     torch.manual_seed(config.seed)
-    model = build_architecture(arch, arguments, trusted=True)
+    model = build_architecture(order.arch, order.arguments, trusted=True)
     check_model(model, dataset.train.inputs[:2])
+    workplace = _claim(order, model, dataset, config)
+    batch_size = config.examples_a_step(len(dataset.train))
     console = Console()
-    with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
-        result = fit(
-            model,
-            dataset.train_batches(
-                config.examples_a_step(len(dataset.train)), config.seed, config.augment, config.augment_pixels
-            ),
-            config,
-            validation=dataset.validation_batches(),
-            listener=progress,
-        )
-    if not result.is_main:
-        return
-    training: dict[str, Any] = {
-        name: getattr(config, name) for name in OPTIONS if name not in ("device", "devices")
-    }
-    training["validation_error"] = measure_error(model, dataset.validation_batches())
+    try:
+        with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
+            result = fit(
+                model,
+                dataset.train_batches(batch_size, config.seed, config.augment, config.augment_pixels),
+                config,
+                validation=dataset.validation_batches(),
+                checkpoint=workplace.checkpoint(TRAINING),
+                listener=progress,
+            )
+    finally:
+        workplace.remove_if_empty()
+    if result.is_main:
+        found = _write(order, model.cpu().eval(), dataset, config)
+        workplace.remove()
+        console.print(f"Written to [bold]{order.out}[/bold]: {found}", highlight=False)
+
+
+def _claim(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunConfig") -> "Workplace":
+    from vbdcompress.devices import start_fabric
+    from vbdcompress.workplace import Workplace, identify_run
+
+    state, fabric = _state_of(order.out), start_fabric(config)
+    workplace = Workplace(state, order.resume)
+    if fabric.is_global_zero:
+        if not order.resume and state.is_dir():
+            shutil.rmtree(state)
+        state.mkdir(parents=True, exist_ok=True)
+        data = (order.data_name, len(dataset.train), len(dataset.validation))
+        workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1]))
+    fabric.barrier()
+    return workplace
+
+
+def _write(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunConfig") -> str:
+    """Write the checkpoint; the errors found, in words."""
+    from vbdcompress.evaluation import measure_error
+    from vbdcompress.loading import Loaded, save_checkpoint
+
+    told = {name: getattr(config, name) for name in OPTIONS if name not in ("device", "devices")}
+    errors = {"validation_error": measure_error(model, dataset.validation_batches())}
     test = dataset.test_batches()
     if test is not None:
-        training["test_error"] = measure_error(model, test)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    named = Path(data).name if Path(data).exists() else data
-    save_checkpoint(out, Loaded(model.cpu().eval(), arch, arguments, named, dataset.input, split, training))
-    found = f"validation error {training['validation_error']:.2f} %"
-    found += f", test error {training['test_error']:.2f} %" if test is not None else ""
-    console.print(f"Written to [bold]{out}[/bold]: {found}", highlight=False)
+        errors["test_error"] = measure_error(model, test)
+    split = {"fraction": config.validation_fraction, "seed": config.seed}
+    loaded = Loaded(model, order.arch, order.arguments, order.data_name, dataset.input, split, told | errors)
+    save_checkpoint(order.out, loaded)
+    return ", ".join(f"{name.replace('_', ' ')} {error:.2f} %" for name, error in errors.items())

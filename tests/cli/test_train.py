@@ -1,0 +1,92 @@
+"""vbdcompress train: what it writes, and how it goes on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vbdcompress.errors import FitError
+from vbdcompress.progress import FitProgress
+
+from .conftest import QUICK
+
+TRAIN = ["train", "digits", "--data", "digits", "--epochs", "4", "--optimizer", "sgd", "--lr", "0.05"]
+
+
+def test_train_then_run_on_the_user_s_npz(cli, tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    images = generator.integers(0, 60, (120, 8, 8)).astype(np.uint8)
+    images[np.arange(120), labels] += 150
+    np.savez(tmp_path / "set.npz", images=images, labels=labels)
+    net = tmp_path / "net.pt"
+    code, _, err = cli(
+        "train",
+        "digits",
+        "--arch-arg",
+        "classes=3",
+        "--data",
+        tmp_path / "set.npz",
+        "--out",
+        net,
+        "--epochs",
+        "8",
+    )
+    assert (code, err) == (0, "")
+    code, _, err = cli(
+        "run", net, "--data", tmp_path / "set.npz", "--out", tmp_path / "out", "--mode", "channels", *QUICK
+    )
+    assert (code, err) == (0, "")
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["error_split"] == "validation"
+    assert content["data"]["classes"] == ["0", "1", "2"]
+
+
+def test_train_goes_on_as_if_it_had_not_been_cut_off(cli, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    assert cli(*TRAIN, "--out", whole)[0] == 0
+    on_epoch = FitProgress.on_epoch
+
+    def stop(self, row, epochs):
+        on_epoch(self, row, epochs)
+        if row.epoch == 3:
+            raise FitError("test", "cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FitProgress, "on_epoch", stop)
+        assert cli(*TRAIN, "--out", cut)[0] == 1
+    assert not cut.exists()
+    code, _, err = cli(*TRAIN, "--out", cut)
+    assert (code, "--resume to go on" in err) == (2, True)
+    code, printed, _ = cli(*TRAIN, "--out", cut, "--resume")
+    assert (code, "going on after epoch" in printed) == (0, True)
+    one, other = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["cut.pt", "whole.pt"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [(["--lr", "0.1"], "lr was 0.05, is 0.1"), (["--arch-arg", "classes=11"], "network was")],
+)
+def test_train_goes_on_with_the_same_training_only(cli, tmp_path, monkeypatch, changed, told):
+    def stop(self, row, epochs):
+        raise FitError("test", "cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FitProgress, "on_epoch", stop)
+        cli(*TRAIN, "--out", tmp_path / "net.pt")
+    code, _, err = cli(*TRAIN, *changed, "--out", tmp_path / "net.pt", "--resume")
+    assert (code, told in " ".join(err.split())) == (1, True)
+
+
+def test_train_has_nothing_to_resume(cli, tmp_path):
+    code, _, err = cli(*TRAIN, "--out", tmp_path / "net.pt", "--resume")
+    assert (code, "no unfinished training" in err) == (2, True)
+
+
+def test_train_that_fails_at_once_leaves_nothing(cli, tmp_path):
+    code, _, err = cli(*TRAIN, "--lr", "1e30", "--out", tmp_path / "net.pt")
+    assert (code, "not finite" in err) == (1, True)
+    assert list(tmp_path.iterdir()) == []
