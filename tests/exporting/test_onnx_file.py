@@ -80,3 +80,18 @@ def test_export_onnx_refuses_a_network_that_onnx_can_not_express(tmp_path):
     with pytest.raises(ExportError, match="ONNX refused it"):
         export_onnx(Branching(), tmp_path / "model.onnx", torch.randn(4, 4))
     assert not list(tmp_path.iterdir())
+
+
+def test_export_onnx_takes_attention_in_windows(tmp_path):
+    """timm's MaxViT: its exporter's kernels give other strides for weights that ask for gradients."""
+    maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
+    torch.manual_seed(0)
+    config = maxxvit.MaxxVitTransformerCfg(dim_head=32, window_size=(2, 2))
+    model, samples = maxxvit.PartitionAttentionCl(64, "block", config).eval(), torch.randn(9, 8, 8, 64)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    export_onnx(model, tmp_path / "model.onnx", samples)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model(samples[:5]).numpy()
+    np.testing.assert_allclose(session.run(None, {"input": samples[:5].numpy()})[0], expected, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -65,7 +65,8 @@ def export_onnx(
             file is left then, and one that stood there before stays.
     """
     storage = storage or Storage()
-    plain = copy.deepcopy(model).cpu().eval()
+    # The exporter replays attention as it runs without gradients, and trips where the traced kernel differs
+    plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     samples = map_tensors(samples, lambda tensor: tensor.detach().cpu())
     with replacing(path) as partial:
         proto = _to_onnx(plain, samples, input_name)
