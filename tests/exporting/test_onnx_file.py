@@ -1,5 +1,7 @@
 """The exported file, judged by onnx and onnxruntime."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -7,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from vbdcompress import convert, slim
 from vbdcompress.architectures import build_architecture
+from vbdcompress.count import measure_size
 from vbdcompress.errors import ExportError
 from vbdcompress.exporting import onnx_file
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.vbd.posterior import find_posteriors
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,23 @@ def test_export_onnx_takes_attention_in_windows(tmp_path):
         expected = model(samples[:5]).numpy()
     np.testing.assert_allclose(session.run(None, {"input": samples[:5].numpy()})[0], expected, atol=1e-5)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet20", "torchvision:squeezenet1_0"])
+def test_export_onnx_of_a_slim_network_has_the_operators_of_the_original(name, tmp_path):
+    """What slicing does to layers that share channels must not cost gathers, slices or concatenations."""
+    torch.manual_seed(0)
+    model = build_architecture(name).eval()
+    samples = torch.randn(9, *((1, 8, 8) if name == "digits" else (3, 64, 64)))
+    converted = convert(model, samples[:2])
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data.uniform_(-10, 10)
+    slim_network = slim(converted, 3.0).model
+    assert measure_size(slim_network, samples).parameters < 0.9 * measure_size(model, samples).parameters
+    operators = []
+    for network in (model, slim_network):
+        export_onnx(network, tmp_path / "model.onnx", samples)
+        proto = onnx.load(tmp_path / "model.onnx")
+        operators.append(Counter(node.op_type for node in proto.graph.node))
+    assert operators[0] == operators[1]
+    assert not {"Identity", "Dropout", "BatchNormalization"} & set(operators[1])

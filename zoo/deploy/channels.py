@@ -10,14 +10,12 @@ import json
 import os
 import platform
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import onnxruntime
 import torch
+from profiling import compare_layers, profile
 
 from vbdcompress import convert, slim
 from vbdcompress.architectures import build_architecture
@@ -31,7 +29,6 @@ NETWORKS = ("vgg_cifar", "resnet56")
 ROUNDED = (1, 8, 16)
 SHARE = 1 / 3
 STEPS = 6
-PROFILED = 8
 
 
 @click.command()
@@ -63,9 +60,9 @@ def _measure(name: str, seconds: float) -> list[dict[str, Any]]:
             paths.append(Path(folder) / f"{number}.onnx")
             export_onnx(slim(converted, threshold, round_to=number).model, paths[-1], samples)
         first, *rest = bench(paths, batch_sizes=(1, 64), seconds=seconds)
-        original, *operators = (_profile(path) for path in paths)
+        original, *profiles = (profile(path) for path in paths)
     rows = []
-    for number, found, own in zip(ROUNDED, rest, operators, strict=True):
+    for number, found, own in zip(ROUNDED, rest, profiles, strict=True):
         fewer = first.macs / found.macs
         speeds = [
             {
@@ -83,29 +80,13 @@ def _measure(name: str, seconds: float) -> list[dict[str, Any]]:
                 "fewer_macs": fewer,
                 "bytes": found.bytes,
                 "speeds": speeds,
-                "operators": own,
-                "original_operators": original,
+                "operators": own.operators,
+                "original_operators": original.operators,
+                "layers": compare_layers(original, own),
             }
         )
         click.echo(json.dumps(rows[-1]))
     return rows
-
-
-def _profile(path: Path) -> dict[str, float]:
-    """Milliseconds of each kind of operator in one call: one thread, 64 images, onnxruntime's profiler."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.enable_profiling = True
-    options.profile_file_prefix = str(path.with_suffix(""))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    images = np.random.default_rng(0).standard_normal((64, 3, 32, 32)).astype(np.float32)
-    for _ in range(PROFILED):
-        session.run(None, {"input": images})
-    spent: Counter[str] = Counter()
-    for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
-        if event["name"].endswith("kernel_time"):
-            spent[event["args"]["op_name"].removeprefix("Fused")] += event["dur"] / (1000 * PROFILED)
-    return {name: round(milliseconds, 1) for name, milliseconds in spent.most_common(3)}
 
 
 def _threshold_for(converted: Converted, macs: float) -> float:
