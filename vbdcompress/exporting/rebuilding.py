@@ -1,0 +1,169 @@
+"""Nodes and constants from which standard operators rebuild a tensor: gaps, codes, tables and scales."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from vbdcompress.rounding import Array
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A tensor as codes.
+
+    Attributes:
+        codes: its shape, float32, float16, int8 or uint8.
+        table: what uint8 codes are places in; None: the codes are the values.
+        scale: broadcasts to its shape: what the values are multiplied by; None: nothing.
+        bits: of each code.
+        exact: decoding gives the tensor to the last bit.
+    """
+
+    codes: Array
+    table: Array | None
+    scale: Array | None
+    bits: int
+    exact: bool
+
+    def decode(self) -> Array:
+        """The tensor, float32."""
+        values = self.codes.astype(np.float32) if self.table is None else self.table[self.codes]
+        return values if self.scale is None else values * self.scale
+
+
+@dataclass
+class Part:
+    """Nodes and constants that rebuild one tensor."""
+
+    prefix: str
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+
+    def constant(self, array: Array) -> str:
+        """Its name."""
+        name = f"{self.prefix}{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """A node; the name of its output."""
+        name = f"{self.prefix}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
+        return name
+
+    def split(self, value: str, sizes: Sequence[int]) -> list[str]:
+        """A row cut into pieces of these sizes; their names."""
+        names = [f"{self.prefix}_{len(self.nodes)}_{number}" for number in range(len(sizes))]
+        lengths = self.constant(np.array(sizes, dtype=np.int64))
+        self.nodes.append(helper.make_node("Split", [value, lengths], names, axis=0))
+        return names
+
+    def finish(self, value: str, name: str) -> None:
+        """Call what rebuilds a tensor by the tensor's own name."""
+        for node in self.nodes:
+            for place, output in enumerate(node.output):
+                if output == value:
+                    node.output[place] = name
+
+    @property
+    def bytes(self) -> int:
+        """Of the file, with the two or three that go before each part."""
+        parts: list[onnx.NodeProto | onnx.TensorProto] = [*self.nodes, *self.constants]
+        return sum(part.ByteSize() + 3 for part in parts)
+
+
+def _values(part: Part, codes: Codes, flat: Array) -> str:
+    """What rebuilds the values of codes, without their scale; `flat` are the codes to store."""
+    if codes.table is None:
+        stored = part.constant(flat)
+        if flat.dtype == np.float32:
+            return stored
+        return part.add("Cast", stored, to=onnx.TensorProto.FLOAT)
+    table = codes.table.astype(np.float16)
+    if codes.bits == 4:
+        half = -(-flat.size // 2)
+        low = np.zeros(half, dtype=np.uint8)
+        low[: flat.size - half] = flat.ravel()[half:]
+        both = part.add("Cast", part.constant(flat.ravel()[:half] * 16 + low), to=onnx.TensorProto.INT32)
+        sixteen = part.constant(np.array(16, dtype=np.int32))
+        halves = part.add("Div", both, sixteen), part.add("Mod", both, sixteen)
+        places = part.add("Concat", *halves, axis=0)
+        if flat.size % 2:
+            start, end = (part.constant(np.array([at], dtype=np.int64)) for at in (0, flat.size))
+            places = part.add("Slice", places, start, end)
+    else:
+        places = part.add("Cast", part.constant(flat), to=onnx.TensorProto.INT32)
+    values = part.add("Cast", part.constant(table), to=onnx.TensorProto.FLOAT)
+    return part.add("Gather", values, places)
+
+
+def rebuild_dense(part: Part, codes: Codes) -> str | None:
+    """The tensor from all its codes; None where these are the tensor as it stands."""
+    if codes.codes.dtype == np.float32:
+        return None
+    rebuilt = _values(part, codes, codes.codes)
+    if codes.bits == 4:
+        rebuilt = part.add("Reshape", rebuilt, part.constant(np.array(codes.codes.shape, dtype=np.int64)))
+    return _scale(part, codes, rebuilt)
+
+
+def _scale(part: Part, codes: Codes, rebuilt: str) -> str:
+    if codes.scale is None:
+        return rebuilt
+    half = codes.scale.astype(np.float16)
+    if np.array_equal(half.astype(np.float32), codes.scale):
+        scale = part.add("Cast", part.constant(half), to=onnx.TensorProto.FLOAT)
+    else:
+        scale = part.constant(codes.scale.astype(np.float32))
+    return part.add("Mul", rebuilt, scale)
+
+
+def rebuild_sparse(part: Part, codes: Codes) -> str:
+    """The tensor from the gaps between the codes that are not 0, and these."""
+    if not codes.codes.any():
+        return part.add("ConstantOfShape", part.constant(np.array(codes.codes.shape, dtype=np.int64)))
+    return _shape_and_scale(part, codes, _scatter(part, codes.codes.ravel(), codes))
+
+
+def rebuild_together(part: Part, each: Sequence[Codes]) -> list[str]:
+    """Several tensors whose codes have one dtype and no table: from one row of gaps and codes, cut up."""
+    row = np.concatenate([codes.codes.ravel() for codes in each])
+    pieces = part.split(_scatter(part, row, each[0]), [codes.codes.size for codes in each])
+    return [_shape_and_scale(part, codes, piece) for codes, piece in zip(each, pieces, strict=True)]
+
+
+def _shape_and_scale(part: Part, codes: Codes, rebuilt: str) -> str:
+    if codes.codes.ndim != 1:
+        rebuilt = part.add("Reshape", rebuilt, part.constant(np.array(codes.codes.shape, dtype=np.int64)))
+    return _scale(part, codes, rebuilt)
+
+
+def _scatter(part: Part, flat: Array, codes: Codes) -> str:
+    """What rebuilds a flat row of codes, some of them not 0, without their scale."""
+    positions = np.flatnonzero(flat)
+    width = flat.itemsize if codes.bits != 4 else 0.5
+    gaps, values = min(
+        (_gaps(flat, positions, kind) for kind in (np.uint8, np.uint16)),
+        key=lambda item: item[0].nbytes + width * len(item[1]),
+    )
+    places = part.add("Cast", part.constant(gaps), to=onnx.TensorProto.INT64)
+    places = part.add("CumSum", places, part.constant(np.array(0, dtype=np.int64)))
+    zeros = part.add("ConstantOfShape", part.constant(np.array([flat.size], dtype=np.int64)))
+    return part.add("ScatterElements", zeros, places, _values(part, codes, values))
+
+
+def _gaps(flat: Array, positions: Array, kind: type[np.unsignedinteger[Any]]) -> tuple[Array, Array]:
+    """(gaps, codes): a gap beyond the type's range is stepped over by zeros, written where zeros stand."""
+    most = np.iinfo(kind).max
+    steps = np.diff(positions, prepend=0)
+    extra = np.maximum(steps - 1, 0) // most
+    ends = np.cumsum(extra + 1) - 1
+    gaps = np.full(ends[-1] + 1, most, dtype=kind)
+    gaps[ends] = steps - extra * most
+    values = np.zeros(ends[-1] + 1, dtype=flat.dtype)
+    values[ends] = flat[positions]
+    return gaps, values
