@@ -1,6 +1,7 @@
 """The exported file, judged by onnx and onnxruntime."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -71,6 +72,30 @@ def test_export_onnx_keeps_no_file_that_differs(digits_file, tmp_path, monkeypat
         export_onnx(model, path, samples)
     assert path.read_bytes() == b"what stood here before"
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_export_onnx_writes_the_tensors_of_an_output_of_any_class(tmp_path):
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        rest: list[torch.Tensor]
+        name: str = "no tensor"
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            y = self.body(x).relu()
+            return Output(self.head(y), [y, y.sum(1)])
+
+    samples = torch.randn(4, 4)
+    check = export_onnx(Network(), tmp_path / "model.onnx", samples)
+    assert check.max_difference < check.tolerance
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    shapes = [output.shape for output in session.run(None, {"input": samples.numpy()})]
+    assert shapes == [(4, 3), (4, 5), (4,)]
 
 
 def test_export_onnx_refuses_a_network_that_onnx_can_not_express(tmp_path):

@@ -111,19 +111,20 @@ def _pack_and_check_(proto: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> 
 
 def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelProto:
     """Export, clean and check."""
-    tensors = tensors_of(resize(samples, 2))
-    batch = torch.export.Dim("batch")
+    two = resize(samples, 2)
+    tensors = tensors_of(two)
+    shapes: tuple[Any, ...] = ({0: torch.export.Dim("batch")},) * len(tensors)
     try:
         with in_eval_mode(model), _quiet_exporter():
+            with torch.no_grad():
+                bare = isinstance(two, Tensor) and isinstance(call(model, two), Tensor)
             program: Any = torch.onnx.export(
-                model if isinstance(samples, Tensor) else _Positional(model, samples),
+                model if bare else _OfTensors(model, samples),
                 tuple(tensors),
                 dynamo=True,
                 input_names=_input_names(samples, input_name),
                 output_names=["output"],
-                dynamic_shapes=(({0: batch},) * len(tensors),)
-                if not isinstance(samples, Tensor)
-                else ({0: batch},),
+                dynamic_shapes=shapes if bare else (shapes,),
                 external_data=False,
                 optimize=True,
                 verbose=False,
@@ -141,8 +142,11 @@ def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelPr
     return proto
 
 
-class _Positional(nn.Module):
-    """A network that takes several inputs, called with their tensors one after the other."""
+class _OfTensors(nn.Module):
+    """A network called with the tensors of its inputs one after the other, that gives those of its output.
+
+    The exporter knows no output of a class of the user's own, such as a dataclass.
+    """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
@@ -150,7 +154,7 @@ class _Positional(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         given = iter(tensors)
-        return call(self.model, map_tensors(self.inputs, lambda _: next(given)))
+        return tuple(flatten_output(call(self.model, map_tensors(self.inputs, lambda _: next(given)))))
 
 
 def _input_names(samples: Inputs, name: str) -> list[str]:
