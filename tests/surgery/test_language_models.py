@@ -75,6 +75,20 @@ class SelfAttention(nn.Module):
         return context.view((*context.size()[:-2], self.all_head_size)), weights
 
 
+class ShapedAttention(SelfAttention):
+    """Keeps its heads' whole width, and works out the size of a head from that."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__(fused)
+        self.n_heads, self.dim = HEADS, WIDTH
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        shape = (x.size(0), -1, self.n_heads, self.dim // self.n_heads)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        return context.transpose(1, 2).reshape(x.size(0), -1, self.dim), None
+
+
 class Layer(nn.Module):
     def __init__(self, fused: bool, kind: type[SelfAttention] = SelfAttention) -> None:
         super().__init__()
@@ -179,7 +193,12 @@ class Decoder(nn.Module):
         return ModelOutput(self.lm_head(self.norm(x)))
 
 
-NETWORKS = {"encoder": Encoder, "encoder_fused": lambda: Encoder(fused=True), "decoder": Decoder}
+NETWORKS = {
+    "encoder": Encoder,
+    "encoder_fused": lambda: Encoder(fused=True),
+    "encoder_shaped": lambda: Encoder(kind=ShapedAttention),
+    "decoder": Decoder,
+}
 
 
 def batch(count: int, seed: int) -> dict[str, Tensor]:
@@ -241,7 +260,7 @@ EXPECTED: dict[str, dict[str, int | str]] = {
         "layers.0.o_proj": "mixes",
     },
 }
-EXPECTED["encoder_fused"] = EXPECTED["encoder"]
+EXPECTED["encoder_fused"] = EXPECTED["encoder_shaped"] = EXPECTED["encoder"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -31,7 +31,7 @@ from vbdcompress.surgery.weights import (
 
 # What attention calls the number of its heads, and that of all their channels
 HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim")
+HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "embed_dim", "dim")
 # Two positions of one constant channel may differ by rounding (average pooling), in float64
 CONSTANT_TOLERANCE = 1e-12
 
