@@ -183,3 +183,17 @@ def test_find_groups_agrees_with_torch_pruning(name):
         assert found == expected
         seen += len(found)
     assert seen > 20
+
+
+def test_find_groups_says_why_a_network_can_not_be_followed():
+    class OneType(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.first(x) @ torch.eye(5, dtype=torch.float32))
+
+    scan = find_groups(OneType(), torch.randn(2, 4))
+    assert not scan.groups
+    assert "can't be followed: RuntimeError" in (scan.failure or "")

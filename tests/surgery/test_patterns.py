@@ -487,6 +487,19 @@ def test_find_groups_never_takes_one_half_alone_whatever_the_trial_masks() -> No
         assert groups["b"].whole_because is None
 
 
+def test_find_groups_never_takes_channels_that_go_in_twos_only() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu().unflatten(1, (2, -1)).tanh().flatten(1, 2)
+        return m.head(pool(m.b(y).relu()))
+
+    for seed in range(6):  # all trials may happen to mask even numbers of channels
+        torch.manual_seed(seed)
+        model = Pattern(forward, a=conv(3, 8), b=conv(8, 6), head=nn.Linear(6, 4)).double().eval()
+        groups = {group.name: group for group in find_groups(model, EXAMPLE.double(), seed=seed).groups}
+        assert "can't run without" in (groups["a"].whole_because or "")
+        assert groups["b"].whole_because is None
+
+
 def test_layers_that_only_training_calls_keep_what_they_read() -> None:
     def forward(m: Any, x: Tensor) -> Any:
         y = m.a(x).relu()

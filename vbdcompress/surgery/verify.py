@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def _try_scan(trial: nn.Module, inputs: Inputs, scan: GroupScan, seed: int) -> G
         last = draw is _uneven_masks
         wrong = dict(_find_wrong(trial, inputs, trusted, masks, training=last)) if trusted else {}
         groups = (group.whole(wrong[group.name]) if group.name in wrong else group for group in scan.groups)
-        scan = GroupScan(tuple(groups))
+        scan = GroupScan(tuple(groups), scan.failure)
     return scan
 
 
@@ -139,14 +140,17 @@ def _leading_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index
 def _uneven_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]:
     """The last channels, another share of each group: groups that must lose as many are found out.
 
-    At least two of them: `chunk` makes its last part the smaller one, so that one alone may go from there.
+    At least two of them: `chunk` makes its last part the smaller one, so that one alone may go from there. As
+    many as have no divisor in common with the other trials': code may take even numbers of channels only.
     """
     shares = np.random.default_rng(seed + 1).uniform(0.1, 0.9, len(groups))
-    counts = (min(max(2, round(share * g.size)), g.size - 1) for share, g in zip(shares, groups, strict=True))
-    return {
-        group.name: np.arange(group.size - count, group.size)
-        for group, count in zip(groups, counts, strict=True)
-    }
+    masks = {}
+    for group, share in zip(groups, shares, strict=True):
+        other = _trial_count(group)
+        distances = {abs(c - share * group.size): c for c in range(2, group.size) if gcd(c, other) == 1}
+        count = distances[min(distances)] if distances else 1
+        masks[group.name] = np.arange(group.size - count, group.size)
+    return masks
 
 
 def _trial_count(group: ChannelGroup) -> int:
