@@ -131,8 +131,11 @@ def test_a_weight_that_is_used_in_two_ways_is_no_layer_s() -> None:
     torch.testing.assert_close(from_exported(program)(*given), model(*given))
 
 
-def test_a_program_exported_in_training_mode_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).train()
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True)]
+)
+def test_a_program_exported_in_training_mode_is_refused(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)), nn.Linear(1, 4), layer).train()
     shapes: Any = ({0: Dim("batch")},)
     program = torch.export.export(model, (torch.randn(2, 4),), dynamic_shapes=shapes)
     with pytest.raises(LoadError, match=r"(?s)training mode.*model\.eval"):

@@ -1,7 +1,7 @@
-"""Networks that torch.export wrote (.pt2): a graph of operations, given its layers back.
+"""A network of modules from an exported program.
 
-Linear, convolution and batch norm become modules under the names of their parameters; everything else stays
-the operation that it is.
+Linear, convolutions, norms, PReLU and Embedding become modules under the names of their parameters;
+everything else stays the operation that it is, and reshapes take the sizes that they are given.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.nn.modules.conv import _ConvNd
 
 from vbdcompress.errors import LoadError
+from vbdcompress.exported.layers import layer_of
+from vbdcompress.exported.shapes import free_sizes_
 
 aten = torch.ops.aten
-_CONVOLUTIONS: dict[Any, type[_ConvNd]] = {
-    aten.conv1d.default: nn.Conv1d,
-    aten.conv1d.padding: nn.Conv1d,
-    aten.conv2d.default: nn.Conv2d,
-    aten.conv2d.padding: nn.Conv2d,
-    aten.conv3d.default: nn.Conv3d,
-    aten.conv3d.padding: nn.Conv3d,
-}
-_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 # Operations that channels are followed through by what they are called in torch
 _BY_NAME: dict[Any, Callable[..., Any]] = {
     aten.relu.default: torch.relu,
@@ -40,6 +32,8 @@ _IN_PLACE: dict[Any, Callable[..., Any]] = {
     aten.hardtanh_.default: F.hardtanh,
     aten.hardswish_.default: F.hardswish,
 }
+# Name of an empty buffer whose dtype is the network's
+_DTYPE = "_of_dtype"
 
 
 def from_exported(program: ExportedProgram) -> nn.Module:
@@ -60,30 +54,38 @@ def from_exported(program: ExportedProgram) -> nn.Module:
             graph.erase_node(node)
         elif node.op == "call_function":
             _check_eval(node)
-            layer, name = _layer_of(graph_module, node)
-            told = (node.target, node.args[1:])
+            stored = layer_of(graph_module, node)
+            place = 0 if stored is None else stored.input
+            told = (node.target, node.args[:place], node.args[place + 1 :])
             # a weight that is used in two ways is no layer's
-            if layer is not None and found.setdefault(name, told) == told:
-                _place(root, name, layer)
-                with graph.inserting_before(node):
-                    called = graph.call_module(name, (node.args[0],))
+            if stored is not None and found.setdefault(stored.name, told) == told:
+                _place(root, stored.name, stored.layer)
+                with graph.inserting_before(node):  # not graph.call_module: it looks for the module already
+                    called = graph.create_node("call_module", stored.name, (node.args[place],))
                 called.meta = dict(node.meta)
                 node.replace_all_uses_with(called)
                 graph.erase_node(node)
             else:
+                free_sizes_(node)
                 node.target = _IN_PLACE.get(node.target, _BY_NAME.get(node.target, node.target))
     if not found:
         raise LoadError("exported program", "has no Linear or convolution with weights of its own.")
+    _follow_dtype_(graph, root)
     _keep_tensors(graph_module, graph, root)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(root, graph).eval()
+    network = fx.GraphModule(root, graph)
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    return network.eval()
 
 
 def _check_eval(node: fx.Node) -> None:
     """Raise LoadError for what behaves otherwise in training, exported as it was there."""
     places: dict[Any, int] = {aten.dropout.default: 2, aten.batch_norm.default: 5}
     place = places.get(node.target)
-    if place is not None and node.args[place] is True:
+    trains = place is not None and node.args[place] is True
+    if node.target is aten.instance_norm.default:  # without running statistics it takes the input's
+        trains = node.args[5] is True and node.args[3] is not None
+    if trains:
         raise LoadError(
             "exported program",
             f"was exported in training mode ('{node.name}' is active).",
@@ -104,51 +106,18 @@ def _check_batch(program: ExportedProgram) -> None:
             )
 
 
-def _layer_of(module: nn.Module, node: fx.Node) -> tuple[nn.Module | None, str]:
-    """The layer that an operation on stored parameters is, and the name it stood under; None for others."""
-    target: Any = node.target
-    arguments: list[Any] = list(node.args)
-    weight = arguments[1] if len(arguments) > 1 else None
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or node.kwargs:
-        return None, ""
-    name = str(weight.target).rpartition(".")[0]
-    if not name or str(weight.target) != f"{name}.weight":
-        return None, ""
-
-    def stored(place: int) -> Any:
-        item = arguments[place] if len(arguments) > place else None
-        return attrgetter(str(item.target))(module) if isinstance(item, fx.Node) else item
-
-    if target is aten.linear.default:
-        return _with(nn.Linear, stored(1), stored(2), stored(1).shape[1], stored(1).shape[0]), name
-    if target in _CONVOLUTIONS:
-        defaults = [None, None, None, 1, 0, 1, 1]
-        stride, padding, dilation, groups = (arguments + defaults[len(arguments) :])[3:]
-        shape = stored(1).shape
-        options: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list | tuple) else value
-            for key, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
-        }
-        channels = (shape[1] * groups, shape[0], tuple(shape[2:]))
-        return _with(_CONVOLUTIONS[target], stored(1), stored(2), *channels, groups=groups, **options), name
-    if target is aten.batch_norm.default:
-        first: Any = arguments[0]
-        kind = _NORMS[first.meta["val"].dim()]
-        norm = kind(len(stored(1)), eps=arguments[7], momentum=arguments[6])
-        norm.weight, norm.bias = stored(1), stored(2)
-        norm.running_mean, norm.running_var = stored(3), stored(4)
-        return norm, name
-    return None, ""
-
-
-def _with(
-    kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, *shape: Any, **options: Any
-) -> nn.Module:
-    layer: nn.Module = kind(*shape, bias=bias is not None, device="meta", **options)
-    layer.weight = weight
-    if bias is not None:
-        layer.bias = bias
-    return layer
+def _follow_dtype_(graph: fx.Graph, root: nn.Module) -> None:
+    """Let tensors that the program makes in float32 be in the dtype of the network, which may be float64."""
+    root.register_buffer(_DTYPE, torch.zeros(()), persistent=False)
+    for node in list(graph.nodes):
+        value, given = node.meta.get("val"), (*node.args, *node.kwargs.values())
+        if node.op == "call_function" and torch.float32 in given and isinstance(value, Tensor):
+            with graph.inserting_after(node):
+                like = graph.create_node("get_attr", _DTYPE)
+            with graph.inserting_after(like):
+                cast = graph.call_function(aten.type_as.default, (node, like))
+            cast.meta = dict(node.meta)
+            node.replace_all_uses_with(cast, lambda user, cast=cast: user is not cast)
 
 
 def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
