@@ -147,6 +147,7 @@ CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (pixel_shuffle, {"a": 4, "b": 6}),  # four channels of `a` make one of its reader's
     (reshape_before_transposed, {"fc": "can't run without some of its channels", "up": 5}),
     (channel_shuffle, {"a": "can't run without", "b": "can't run without", "c": 6}),
+    # what the shortcut carries goes, its zeros are as many as the code says
     (padded_shortcut, {"a": 4, "a (2)": "can't run without", "b": 6}),
     (unet, {"d1": 6, "d2": 8, "mid": 10, "up2": 8, "u2": 8, "up1": 6, "u1": 6}),
 ]

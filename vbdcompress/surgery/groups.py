@@ -215,6 +215,7 @@ class _Ties:
             reason = f"bare parameter '{reading.bare[0]}' works on its channels"
         if reason is not None:
             self.reasons += [(place, reason) for place in reading.places]
+        self.reasons += [(place, _SPREAD) for place in reading.spread]
         if reading.role == "mixing":
             before = self.from_network_input.get(reading.layer, True)
             self.from_network_input[reading.layer] = before and not reading.places and not reading.bare
@@ -233,6 +234,8 @@ class _Ties:
 
 
 _OUTPUT = "no layer reads it: it is an output of the network"
+
+_SPREAD = "its one channel works on all channels of others"
 
 
 def _why_opaque(module: nn.Module) -> str:

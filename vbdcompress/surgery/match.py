@@ -77,20 +77,25 @@ def _nonzero(tensor: Tensor, dim: int) -> list[int]:
 Matched = list[tuple[list[int], list[Place]]]
 
 
-def match(tensor: Tensor, dim: int, flows: Sequence[Flow], cotangent: Tensor) -> Matched:
-    """(positions, places) of one reading.
+def match(tensor: Tensor, dim: int, flows: Sequence[Flow], cotangent: Tensor) -> tuple[Matched, list[Place]]:
+    """(positions, places) of one reading, and the places of single channels that work on many positions.
 
     First all sources at once: most positions come from one channel of one of them. What comes from
-    several, as in a sum, is looked at source by source, and then channel by channel.
+    several, as in a sum, is looked at source by source, and then channel by channel. A source of one channel
+    that is spread over others, as a map of where to look, ties none of them: it stays when they go.
     """
     if not flows:
-        return []
+        return [], []
     matched, rest = _match_single(flows, cotangent, dim, range(tensor.shape[dim]))
+    spread = []
     for flow in flows:
         more, left = _match_single([flow], cotangent, dim, rest) if len(flows) > 1 else ([], rest)
+        if len(more) > 1 and flow.source.dim is not None and flow.source.count == 1:
+            spread.append(flow.source.place(0))
+            continue
         matched += more
         matched += _components(tensor, dim, flow, left, cotangent)
-    return matched
+    return matched, spread
 
 
 def match_parameter(

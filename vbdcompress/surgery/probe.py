@@ -45,6 +45,7 @@ class Reading:
             from: ([positions], [places]).
         places: all that reach it.
         bare: names of bare parameters that work on the way, not channel by channel.
+        spread: places of single channels that work on many of its positions at once.
     """
 
     layer: str
@@ -53,6 +54,7 @@ class Reading:
     positions: list[tuple[list[int], list[Place]]]
     places: list[Place]
     bare: list[str]
+    spread: list[Place]
 
 
 @dataclass
@@ -206,7 +208,7 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
     leaves = _leaves_of(tensor) if tensor.requires_grad else []
     sources = [found.sources[id(leaf)] for leaf in leaves if id(leaf) in found.sources]
     bare = [leaf for leaf in leaves if id(leaf) in found.bare]
-    reading = Reading(layer, role, width, [], [], [])
+    reading = Reading(layer, role, width, [], [], [], [])
     found.readings.append(reading)
     if not sources and not bare:
         return
@@ -229,7 +231,9 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
         if slope is not None and reaching:
             flows.append(Flow(source, slope))
     if role != "opaque":
-        reading.positions.extend(match(tensor, dim, flows, cotangent))
+        matched, spread = match(tensor, dim, flows, cotangent)
+        reading.positions.extend(matched)
+        reading.spread.extend(spread)
     if layer and not tensor.is_leaf and not tensor._is_view():
         tensor.detach_().requires_grad_()
         found.sources[id(tensor)] = Source("reads", layer, tensor, None if role == "opaque" else dim)
