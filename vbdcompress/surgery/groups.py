@@ -19,6 +19,7 @@ from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.surgery.match import Place
 from vbdcompress.surgery.probe import Reading, Recording, Role, record
+from vbdcompress.surgery.walk import tensor_of
 from vbdcompress.surgery.weights import Index, is_mixing, keeps_groups_apart, shares
 
 NOT_HERE = -1
@@ -54,10 +55,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Parameter(Member):
-    """A parameter of no layer known by its type, with an entry for each channel along a dimension.
+    """A parameter or buffer of no layer known by its type, with an entry for each channel along a dimension.
 
     Attributes:
-        dim: that dimension; `layer` is the parameter's dotted name.
+        dim: that dimension; `layer` is its dotted name.
     """
 
     dim: int = 0
@@ -120,17 +121,22 @@ def trace_groups(model: nn.Module, example: Inputs, *, features: bool = False, s
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scan = _trace(model, example, _beside_noise, features)
-        # some networks take nothing but the example: ids, or a fixed number of examples
-        return scan if scan.failure is None else _trace(model, example, _as_leaf, features)
+        # some networks take nothing but the example: ids, or a fixed number of examples; some can't work
+        # with buffers that are followed
+        for buffers in (True, False):
+            for prepare in (_beside_noise, _as_leaf):
+                scan = _trace(model, example, prepare, features, buffers=buffers)
+                if scan.failure is None:
+                    return scan
+        return scan
 
 
 def _trace(
-    model: nn.Module, example: Inputs, prepare: Callable[[Tensor], Tensor], features: bool
+    model: nn.Module, example: Inputs, prepare: Callable[[Tensor], Tensor], features: bool, *, buffers: bool
 ) -> GroupScan:
     try:
         given = map_tensors(example, prepare)
-        recording = record(model, given, _role_of)
+        recording = record(model, given, _role_of, buffers=buffers)
         ties = _Ties()
         for reading in recording.readings:
             ties.reads(model, reading)
@@ -307,9 +313,9 @@ def _members(places: dict[str, list[Place]], numbers: dict[Place, int]) -> Itera
 
 
 def _parameters(model: nn.Module, ties: _Ties, numbers: dict[Place, int]) -> Iterator[Parameter]:
-    """The bare parameters that have a part in the group whose places are numbered."""
+    """The bare parameters and buffers that have a part in the group whose places are numbered."""
     for name, dim in ties.parameters:
-        count = model.get_parameter(name).shape[dim]
+        count = tensor_of(model, name).shape[dim]
         found = {name: [ties.find(("holds", f"{name}:{dim}", number)) for number in range(count)]}
         for member in _members(found, numbers):
             yield Parameter(member.layer, member.index, dim)

@@ -6,7 +6,7 @@ attention) carries derivatives. What the input of a layer depends on is then loc
 the network's code moves its channels about: nothing is said of operations by name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
@@ -64,13 +64,15 @@ class Recording:
     Attributes:
         written: mixing layer -> number of its outputs.
         readings: what each layer was given, in order.
-        bare: id -> name of the parameters of no layer known by its type.
+        bare: id -> name of the parameters and buffers of no layer known by its type.
+        buffers: ids of those that are buffers.
         sources: id of a leaf -> what it stands for.
     """
 
     written: dict[str, int] = field(default_factory=dict)
     readings: list[Reading] = field(default_factory=list)
     bare: dict[int, str] = field(default_factory=dict)
+    buffers: set[int] = field(default_factory=set)
     sources: dict[int, Source] = field(default_factory=dict)
 
 
@@ -97,7 +99,9 @@ def _attend(
     return scores + value.sum(-2, keepdim=True)
 
 
-def record(model: nn.Module, example: Inputs, role_of: Callable[[nn.Module], Role | None]) -> Recording:
+def record(
+    model: nn.Module, example: Inputs, role_of: Callable[[nn.Module], Role | None], *, buffers: bool = True
+) -> Recording:
     """Run the network once, with a leaf in the place of what each mixing layer computes.
 
     Args:
@@ -105,25 +109,50 @@ def record(model: nn.Module, example: Inputs, role_of: Callable[[nn.Module], Rol
         example: a batch of inputs.
         role_of: "mixing" layers write and read channels; those "between" keep them apart; "opaque"
             ones mix them in a way that can't be cut. None: its own code is followed.
+        buffers: whether bare buffers are followed like parameters; some code can't work with such ones.
     """
     found = Recording()
     kept = []  # bare parameters, whose ids must stay theirs
     roles = {name: role_of(module) for name, module in model.named_modules()}
-    for name, module in model.named_modules():
-        inside_opaque = any(roles[above] == "opaque" for above in _above(name))
-        if roles[name] is None and not inside_opaque:
-            for own, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point() and parameter.numel() > 1:
-                    found.bare[id(parameter)] = f"{name}.{own}".lstrip(".")
-                    kept.append(parameter)
+    bare = [
+        (name, module)
+        for name, module in model.named_modules()
+        if roles[name] is None and not any(roles[above] == "opaque" for above in _above(name))
+    ]
+    for name, module in bare:
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.numel() > 1:
+                found.bare[id(parameter)] = f"{name}.{own}".lstrip(".")
+                kept.append(parameter)
     # what an operation keeps for its derivative is a copy: the tensor itself may become a leaf before that
     keep_copies = saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
     traced = _patched(model, roles, found), sdpa_kernel(SDPBackend.MATH)
-    with torch.enable_grad(), traced[0], traced[1], _Smooth(), keep_copies:
-        outputs = call(model, example)
-    for tensor in _tensors(outputs):
-        _read(found, "", "opaque", tensor, -1)
+    with torch.enable_grad(), _leaf_buffers(bare if buffers else [], found), traced[0], traced[1]:
+        with _Smooth(), keep_copies:
+            outputs = call(model, example)
+        for tensor in _tensors(outputs):
+            _read(found, "", "opaque", tensor, -1)
     return found
+
+
+@contextmanager
+def _leaf_buffers(bare: Sequence[tuple[str, nn.Module]], found: Recording) -> Iterator[None]:
+    """Every bare buffer in the place of a leaf, without zeros: what one hides is to be seen."""
+    before = []
+    for name, module in bare:
+        for own, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.numel() > 1:
+                hidden = (buffer == 0) | ~buffer.isfinite()
+                leaf = torch.where(hidden, 0.5 + torch.rand_like(buffer), buffer).requires_grad_()
+                before.append((module, own, buffer, leaf))  # a leaf that is let go would free its id
+                found.bare[id(leaf)] = f"{name}.{own}".lstrip(".")
+                found.buffers.add(id(leaf))
+                module._buffers[own] = leaf * 1.0  # no leaf itself: code may write to it
+    try:
+        yield
+    finally:
+        for module, own, buffer, _ in before:
+            module._buffers[own] = buffer
 
 
 def _above(name: str) -> Iterator[str]:
@@ -219,9 +248,9 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
         if slope is not None and bool(slope.any()):
             name = found.bare[id(leaf)]
             held = None if role == "opaque" else match_parameter(name, leaf, slope, cotangent, dim)
-            if held is None:
+            if held is None and id(leaf) not in found.buffers:
                 reading.bare.append(name)
-            else:
+            elif held is not None:
                 reading.positions.extend(held)
                 reading.places.extend(place for _, places in held for place in places)
     flows = []

@@ -17,7 +17,7 @@ from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, Gro
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take
 from vbdcompress.surgery.slice import apply_plan_
-from vbdcompress.surgery.walk import shared_parameters
+from vbdcompress.surgery.walk import shared_parameters, tensor_of
 from vbdcompress.surgery.weights import Index, Mixing, scale_inputs_
 
 # Largest |masked - sliced| over the largest |masked|, in float64
@@ -105,7 +105,7 @@ def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
                 if id(parameter) in tied:
                     reason = f"'{member.layer}' shares a parameter: {', '.join(tied[id(parameter)])}"
         for held in group.parameters:
-            if id(model.get_parameter(held.layer)) in tied:
+            if id(tensor_of(model, held.layer)) in tied:
                 reason = f"'{held.layer}' is a parameter under more than one name"
         groups.append(group.whole(reason) if reason and group.whole_because is None else group)
     return GroupScan(tuple(groups), scan.failure)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from vbdcompress.errors import ConvertError
 
@@ -22,6 +22,13 @@ def check_skip(model: nn.Module, skip: Sequence[str]) -> None:
                 f"no layer is named '{entry}'.",
                 f"Layers: {', '.join(name for name in names if name)}",
             )
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name. Raises AttributeError where there is none."""
+    owner, _, own = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), own)
+    return tensor
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
