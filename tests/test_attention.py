@@ -1,5 +1,7 @@
 """Opened attention is the original's function, to the last bits, with masks and padding."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,11 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 
 from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention_
 from vbdcompress.conversion import convert
+from vbdcompress.errors import ConvertError
+from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
+from vbdcompress.records import InputSpec
+from vbdcompress.slimming import slim
+from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 
 @torch.no_grad()
@@ -92,6 +99,37 @@ def test_attention_under_two_names_stays_one() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+def test_attention_that_is_the_whole_network_loses_heads(mode: Any, tmp_path: Path) -> None:
+    original = randomised(nn.MultiheadAttention(12, 4, batch_first=True))
+    names = ("query", "key", "value")
+    inputs: dict[str, Any] = {name: torch.randn(2, 5, 12, dtype=torch.float64) for name in names}
+    inputs["need_weights"] = False
+    converted = convert(original, inputs, mode)
+    assert type(original) is nn.MultiheadAttention
+    assert converted.scan.removable[0].size == 4
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data[1] = 60.0
+        if mode == "weights":  # of a whole head nothing is written
+            posterior.log_sigma2.data[:3] = 60.0
+    slimmed = slim(converted, 50.0)
+    set_threshold_(converted.model, 50.0)
+    with torch.no_grad():
+        assert_equal(slimmed.model(**inputs)[0], converted.model.eval()(**inputs)[0])
+    assert slimmed.model.num_heads == 3
+    spec = InputSpec((5, 12))
+    save_slim(tmp_path / "slim.safetensors", slimmed.model, SlimFile((slimmed.plan,), None, {}, None, spec))
+    loaded = load_slim(tmp_path / "slim.safetensors", copy.deepcopy(original))
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs)[0], slimmed.model(**inputs)[0])
+
+
+def test_weights_of_attention_that_are_an_output_keep_the_heads() -> None:
+    x = torch.randn(2, 5, 12)
+    with pytest.raises(ConvertError, match="'q' stays whole: no layer reads it: it is an output"):
+        convert(nn.MultiheadAttention(12, 4, batch_first=True), (x, x, x))
+
+
 def test_attention_that_is_skipped_in_part_keeps_its_layers() -> None:
     class Network(nn.Module):
         def __init__(self) -> None:
@@ -106,3 +144,8 @@ def test_attention_that_is_skipped_in_part_keeps_its_layers() -> None:
     converted = convert(Network(), torch.randn(2, 4, 5), skip=["attn.out_proj"])
     assert type(converted.model.attn) is nn.MultiheadAttention
     assert isinstance(convert(Network(), torch.randn(2, 4, 5)).model.attn, HeadAttention)
+    alone, x = nn.MultiheadAttention(8, 2), torch.randn(2, 4, 8)
+    assert isinstance(convert(alone, (x, x, x), "weights").model, HeadAttention)
+    kept = convert(alone, (x, x, x), "weights", skip=["out_proj"]).model
+    assert type(kept).__name__ != "HeadAttention"
+    assert hasattr(kept, "in_proj_weight")

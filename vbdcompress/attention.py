@@ -206,17 +206,19 @@ def open_attention_(model: nn.Module, names: Collection[str] | None = None) -> N
     """Replace the attention that is known by its opened form, in place: the same function.
 
     Args:
-        names: of the modules; None takes all. One that is opened already stays.
+        names: of the modules, "" for the network itself; None takes all. One that is opened already stays.
     """
     replaced: dict[int, nn.Module | None] = {}  # one module may stand under several names
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and (names is None or name in names):
+        if names is None or name in names:
             if id(module) not in replaced:
                 replaced[id(module)] = _open(module)
             opened = replaced[id(module)]
-            if opened is not None:
+            if opened is not None and name:
                 parent, _, own = name.rpartition(".")
                 setattr(model.get_submodule(parent), own, opened)
+            elif opened is not None:  # who holds the network holds the opened one
+                model.__class__, model.__dict__ = type(opened), vars(opened)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # its shortcut reads the weights past the layers

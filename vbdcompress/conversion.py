@@ -200,7 +200,8 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
 
 def _is_skipped_in_part(name: str, skip: Sequence[str]) -> bool:
     """Whether a module, or anything in it, is to be left: then its layers keep their names."""
-    return matches_skip(name, skip) or any(entry.startswith(name + ".") for entry in skip)
+    below = f"{name}." if name else ""
+    return matches_skip(name, skip) or any(entry.startswith(below) for entry in skip)
 
 
 def _shapes(example: Inputs) -> str:
