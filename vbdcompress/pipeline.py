@@ -31,7 +31,7 @@ from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
 from vbdcompress.sources import Sources, check_labels, first_inputs, warnings_of
 from vbdcompress.stages import Judge, Origin, StageResult, StageRunner
-from vbdcompress.surgery.verify import flatten_output
+from vbdcompress.surgery.compare import flatten_output
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 

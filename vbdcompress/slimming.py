@@ -1,25 +1,24 @@
 """slim: choose how much goes, and cut it out of the network."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vbdcompress.config import RunConfig, parse_limit
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, map_tensors
-from vbdcompress.records import CurvePoint, GroupRow, Selection, Size
+from vbdcompress.records import CurvePoint, GroupRow
+from vbdcompress.surgery.compare import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
-from vbdcompress.surgery.verify import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 # Thresholds of log_alpha at which the curve is measured; the literature's is 3
@@ -239,86 +238,3 @@ def measure_curve(
         prepare(model)
         points.append(CurvePoint(threshold, measure(model), size))
     return tuple(points)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the choice of a threshold must keep to.
-
-    Attributes:
-        threshold: asked for outright; then the rest is empty.
-        max_error_increase: points of validation error above the original's.
-        limits: largest value of a field of `Size`.
-    """
-
-    threshold: float | None = None
-    max_error_increase: float | None = None
-    limits: Mapping[str, int] = field(default_factory=dict)
-
-
-def make_budget(config: RunConfig, original: Size) -> Budget:
-    """The configuration's budget with shares such as "10%" resolved against the original."""
-    limits = {key: parse_limit(value, getattr(original, key)) for key, value in config.limits.items()}
-    return Budget(config.threshold, config.max_error_increase, limits)
-
-
-def select_threshold(
-    curve: Sequence[CurvePoint], budget: Budget, mode: str, baseline_error: float
-) -> Selection:
-    """The point on the curve that a budget asks for.
-
-    Within all size limits: with an error budget, the smallest network that keeps it; without,
-    the one with the lowest validation error (of equals the largest). With neither, the threshold
-    asked for, or the mode's.
-
-    Args:
-        curve: from `measure_curve`.
-        baseline_error: of the original on validation, percent.
-    Raises:
-        SlimError: no point keeps the budget; says how close the curve comes.
-    """
-    limits, increase = dict(budget.limits), budget.max_error_increase
-    if not limits and increase is None:
-        chosen = DEFAULT_THRESHOLD[mode] if budget.threshold is None else budget.threshold
-        where = "asked for" if budget.threshold is not None else f"the default in {mode} mode"
-        return Selection("threshold", chosen, baseline_error, {}, f"log_alpha >= {chosen:g}, {where}")
-    fitting = [p for p in curve if all(getattr(p.size, key) <= bound for key, bound in limits.items())]
-    if not fitting:
-        raise SlimError("budget", _nearest_size(curve, limits), _SIZE_ADVICE)
-    told = " and ".join(f"{_LIMIT_NAMES[key]} <= {bound:,}" for key, bound in limits.items())
-    if increase is None:
-        best = min(fitting, key=lambda p: (p.error, -p.size.nonzeros))
-        return Selection(
-            "budget",
-            best.threshold,
-            baseline_error,
-            limits,
-            f"lowest validation error, and of equals the largest network, with {told}",
-        )
-    allowed = [p for p in fitting if p.error <= baseline_error + increase]
-    if not allowed:
-        nearest = min(p.error for p in fitting)
-        raise SlimError(
-            "budget",
-            f"no threshold keeps validation error within {increase:g} points of {baseline_error:.2f} %; "
-            f"the best within the limits has {nearest:.2f} %.",
-            "Raise --max-error-increase, or fit longer or with a smaller --beta.",
-        )
-    best = min(allowed, key=lambda p: (p.size.macs if mode == "channels" else 0, p.size.nonzeros))
-    told = f"{told} and " if told else ""
-    told += f"validation error at most {increase:g} points above {baseline_error:.2f} %"
-    return Selection("budget", best.threshold, baseline_error, limits, f"smallest network with {told}")
-
-
-def _nearest_size(curve: Sequence[CurvePoint], limits: Mapping[str, int]) -> str:
-    """How close the curve comes to limits that none of its points keeps."""
-    nearest = min(curve, key=lambda p: max(getattr(p.size, key) / max(1, b) for key, b in limits.items()))
-    found = ", ".join(
-        f"{_LIMIT_NAMES[key]} {getattr(nearest.size, key):,} (limit {bound:,})"
-        for key, bound in limits.items()
-    )
-    return f"no threshold keeps it; the nearest on the curve has {found}, at {nearest.error:.2f} % error."
-
-
-_SIZE_ADVICE = "Raise the limit, fit with a larger --beta, or use --mode channels for MACs."
-_LIMIT_NAMES = {"nonzeros": "parameters that are not zero", "macs": "MACs", "bytes": "bytes"}

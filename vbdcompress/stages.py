@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.budget import Budget, make_budget, select_threshold
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.count import FLOAT_BYTES
@@ -21,13 +22,10 @@ from vbdcompress.records import CurvePoint, EpochRow, Selection, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
     DEFAULT_THRESHOLD,
-    Budget,
     Slim,
-    make_budget,
     measure_curve,
     posterior_sigma,
     reestimate_batch_norm_,
-    select_threshold,
     slim,
 )
 from vbdcompress.sources import Sources

@@ -16,7 +16,7 @@ from vbdcompress.conversion import convert
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.verify import EXACT, flatten_output, relative_difference
+from vbdcompress.surgery.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 

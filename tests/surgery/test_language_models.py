@@ -15,7 +15,7 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import load_slim
 from vbdcompress.pipeline import compress
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.verify import EXACT, flatten_output, relative_difference
+from vbdcompress.surgery.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 WORDS, WIDTH, HEADS, LENGTH, LABELS = 50, 24, 4, 9, 3

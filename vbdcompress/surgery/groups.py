@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.surgery.match import Place
-from vbdcompress.surgery.probe import Reading, Recording, Role, record
+from vbdcompress.surgery.probe import Recording, Role, record
+from vbdcompress.surgery.ties import OUTPUT, Ties
 from vbdcompress.surgery.walk import tensor_of
-from vbdcompress.surgery.weights import Index, is_mixing, keeps_groups_apart, shares
+from vbdcompress.surgery.weights import Index, is_mixing, keeps_groups_apart
 
 NOT_HERE = -1
 # What tracing somebody's network is known to raise; each becomes a reason.
@@ -137,7 +137,7 @@ def _trace(
     try:
         given = map_tensors(example, prepare)
         recording = record(model, given, _role_of, buffers=buffers)
-        ties = _Ties()
+        ties = Ties()
         for reading in recording.readings:
             ties.reads(model, reading)
         for layer in {reading.layer for reading in recording.readings if reading.role != "opaque"}:
@@ -180,74 +180,6 @@ def _is_per_channel(module: Any) -> bool:
     return keeps_groups_apart(module) or isinstance(module, _BatchNorm | _InstanceNorm)
 
 
-class _Ties:
-    """Places tied by what meets in them (a union-find), and what keeps any of them whole."""
-
-    def __init__(self) -> None:
-        self.parent: dict[Place, Place] = {}
-        self.reasons: list[tuple[Place, str]] = []
-        self.from_network_input: dict[str, bool] = {}
-        self.parameters: dict[tuple[str, int], None] = {}  # (name, dimension) of those tied to channels
-
-    def find(self, place: Place) -> Place:
-        """The place that stands for all that are tied to it."""
-        self.parent.setdefault(place, place)
-        while self.parent[place] != place:
-            self.parent[place] = self.parent[self.parent[place]]
-            place = self.parent[place]
-        return place
-
-    def tie(self, one: Place, other: Place) -> None:
-        """Let two places, and all that are tied to either, go together."""
-        first, second = sorted((self.find(one), self.find(other)))
-        self.parent[second] = first
-
-    def reads(self, model: nn.Module, reading: Reading) -> None:
-        """What a layer, or the network's output, is given."""
-        for positions, places in reading.positions:
-            for position in positions:
-                self.tie(("reads", reading.layer, position), places[0])
-            for place in places:
-                self.tie(place, places[0])
-                if place[0] == "holds":
-                    name, _, dim = place[1].rpartition(":")
-                    self.parameters[name, int(dim)] = None
-        reason = None
-        if reading.role == "opaque":
-            reason = _why_opaque(model.get_submodule(reading.layer)) if reading.layer else _OUTPUT
-        elif isinstance(model.get_submodule(reading.layer), GatherLinear):
-            reason = "its reader picks single features of it by a gather"
-        elif reading.bare:
-            reason = f"bare parameter '{reading.bare[0]}' works on its channels"
-        if reason is not None:
-            self.reasons += [(place, reason) for place in reading.places]
-        self.reasons += [(place, _SPREAD) for place in reading.spread]
-        if reading.role == "mixing":
-            before = self.from_network_input.get(reading.layer, True)
-            self.from_network_input[reading.layer] = before and not reading.places and not reading.bare
-
-    def shares(self, layer: str, module: nn.Module) -> None:
-        """Tie what the groups of a convolution must lose alike."""
-        if isinstance(module, _ConvNd) and module.groups > 1:
-            _, inputs, outputs = shares(module)
-            apart = keeps_groups_apart(module)
-            for group in range(module.groups):
-                for number in range(inputs):
-                    first = group * inputs if apart else number
-                    self.tie(("reads", layer, first), ("reads", layer, group * inputs + number))
-                for number in range(0 if apart else outputs):
-                    self.tie(("writes", layer, number), ("writes", layer, group * outputs + number))
-
-
-_OUTPUT = "no layer reads it: it is an output of the network"
-
-_SPREAD = "its one channel works on all channels of others"
-
-
-def _why_opaque(module: nn.Module) -> str:
-    return f"{type(module).__name__} mixes its channels, so that none can go without changing the rest"
-
-
 @dataclass(frozen=True)
 class _Places:
     """The place that stands for each output of each writer, and for each input of each other layer."""
@@ -257,7 +189,7 @@ class _Places:
     between: dict[str, list[Place]]
 
 
-def _find_places(recording: Recording, ties: _Ties) -> _Places:
+def _find_places(recording: Recording, ties: Ties) -> _Places:
     places = _Places({}, {}, {})
     for layer, count in recording.written.items():
         places.writers[layer] = [ties.find(("writes", layer, channel)) for channel in range(count)]
@@ -270,7 +202,7 @@ def _find_places(recording: Recording, ties: _Ties) -> _Places:
 
 def _tied_writers(places: _Places) -> list[list[str]]:
     """The writers in sets that share a channel, in the order in which they run."""
-    together = _Ties()
+    together = Ties()
     for layer, roots in places.writers.items():
         for root in roots:
             together.tie(("writes", layer, -1), root)
@@ -280,7 +212,7 @@ def _tied_writers(places: _Places) -> list[list[str]]:
     return list(grouped.values())
 
 
-def _build_groups(model: nn.Module, recording: Recording, ties: _Ties) -> Iterator[ChannelGroup]:
+def _build_groups(model: nn.Module, recording: Recording, ties: Ties) -> Iterator[ChannelGroup]:
     """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
     places = _find_places(recording, ties)
     why: dict[Place, str] = {}
@@ -297,7 +229,7 @@ def _build_groups(model: nn.Module, recording: Recording, ties: _Ties) -> Iterat
         )
         reason = next((why[place] for place in numbers if place in why), None)
         if reason is None and not readers:
-            reason = _OUTPUT
+            reason = OUTPUT
         elif reason is None and len(numbers) == 1 and len(writers[0].index) > 1:
             reason = "what lies behind it mixes its channels, so that none can go alone"
         parameters = tuple(_parameters(model, ties, numbers))
@@ -312,7 +244,7 @@ def _members(places: dict[str, list[Place]], numbers: dict[Place, int]) -> Itera
             yield Member(layer, index)
 
 
-def _parameters(model: nn.Module, ties: _Ties, numbers: dict[Place, int]) -> Iterator[Parameter]:
+def _parameters(model: nn.Module, ties: Ties, numbers: dict[Place, int]) -> Iterator[Parameter]:
     """The bare parameters and buffers that have a part in the group whose places are numbered."""
     for name, dim in ties.parameters:
         count = tensor_of(model, name).shape[dim]
@@ -322,7 +254,7 @@ def _parameters(model: nn.Module, ties: _Ties, numbers: dict[Place, int]) -> Ite
 
 
 def _feature_groups(
-    model: nn.Module, recording: Recording, groups: tuple[ChannelGroup, ...], ties: _Ties
+    model: nn.Module, recording: Recording, groups: tuple[ChannelGroup, ...], ties: Ties
 ) -> Iterator[ChannelGroup]:
     flattened = {
         member.layer

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
+from vbdcompress.surgery.compare import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, GroupScan, trace_groups
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take
@@ -20,8 +21,6 @@ from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
 from vbdcompress.surgery.weights import Index, Mixing, scale_inputs_
 
-# Largest |masked - sliced| over the largest |masked|, in float64
-EXACT = 1e-10
 TRIAL_SHARE = 0.3
 
 
@@ -267,39 +266,3 @@ def _why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
     except TRACE_ERRORS as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def as_double(tensor: Tensor) -> Tensor:
-    """On the CPU; in float64 where it holds floating point numbers."""
-    plain = tensor.detach().cpu()
-    return plain.double() if plain.is_floating_point() else plain
-
-
-def flatten_output(output: Any) -> list[Tensor]:
-    """All tensors in a network's output: bare, or in tuples, lists, dicts and dataclasses."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = output.values()
-    elif is_dataclass(output) and not isinstance(output, type):
-        output = [getattr(output, item.name) for item in fields(output)]
-    if isinstance(output, str | bytes) or not hasattr(output, "__iter__"):
-        return []
-    return [tensor for item in output for tensor in flatten_output(item)]
-
-
-def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Largest difference over all outputs, relative to the largest expected; inf where shapes differ."""
-    shapes = [tuple(tensor.shape) for tensor in expected]
-    if not shapes or shapes != [tuple(tensor.shape) for tensor in found]:
-        return float("inf")
-    worst = 0.0
-    for one, other in zip(expected, found, strict=True):
-        if not one.numel():
-            continue
-        left, right = one.detach().double(), other.detach().double()
-        equal = (left == right) | (left.isnan() & right.isnan())  # a mask's infinities too
-        difference = float(torch.where(equal, 0.0, left - right).abs().max())
-        scale = float(torch.where(left.isfinite(), left, 0.0).abs().max()) or 1.0
-        worst = max(worst, difference / scale if np.isfinite(difference) else float("inf"))
-    return worst

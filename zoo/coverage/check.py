@@ -20,8 +20,8 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
+from vbdcompress.surgery.compare import flatten_output, relative_difference
 from vbdcompress.surgery.groups import TRACE_ERRORS
-from vbdcompress.surgery.verify import flatten_output, relative_difference
 from vbdcompress.vbd.elbo import ELBO
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 

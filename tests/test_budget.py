@@ -1,0 +1,52 @@
+"""The choice of the threshold, on curves written by hand."""
+
+import pytest
+
+from vbdcompress.budget import Budget, make_budget, select_threshold
+from vbdcompress.config import make_config
+from vbdcompress.errors import SlimError
+from vbdcompress.records import CurvePoint, Size
+
+INF = float("inf")
+#        threshold, error, nonzeros, macs
+CURVE = tuple(
+    CurvePoint(t, error, Size(1000, nonzeros, macs, 4 * nonzeros))
+    for t, error, nonzeros, macs in [
+        (INF, 1.0, 1000, 900),
+        (4.0, 0.9, 500, 800),
+        (2.0, 1.1, 200, 700),
+        (0.0, 1.4, 100, 300),
+        (-1.0, 5.0, 10, 50),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Budget(max_error_increase=0.3), 2.0),
+        (Budget(max_error_increase=0.4), 0.0),
+        (Budget(max_error_increase=0.0), 4.0),
+        (Budget(limits={"nonzeros": 200}), 2.0),
+        (Budget(limits={"nonzeros": 999}), 4.0),
+        (Budget(limits={"macs": 300}), 0.0),
+        (Budget(limits={"bytes": 500, "macs": 850}), 0.0),
+        (Budget(max_error_increase=9.0, limits={"nonzeros": 500}), -1.0),
+        (Budget(threshold=2.5), 2.5),
+        (Budget(), 1.0),
+    ],
+)
+def test_select_threshold_keeps_the_budget(budget, expected):
+    assert select_threshold(CURVE, budget, "weights", 1.0).threshold == expected
+
+
+def test_select_threshold_says_how_close_it_comes():
+    with pytest.raises(SlimError, match=r"parameters that are not zero 10 \(limit 5\)"):
+        select_threshold(CURVE, Budget(limits={"nonzeros": 5}), "weights", 1.0)
+    with pytest.raises(SlimError, match=r"best within the limits has 1\.40 %"):
+        select_threshold(CURVE, Budget(max_error_increase=0.1, limits={"macs": 300}), "channels", 1.0)
+
+
+def test_make_budget_resolves_shares_against_the_original():
+    config = make_config({"max_params": "10%", "max_macs": 77, "max_bytes": "2.5 %"})
+    assert make_budget(config, Size(900, 1000, 800, 400)).limits == {"nonzeros": 100, "macs": 77, "bytes": 10}
