@@ -172,3 +172,22 @@ def test_what_works_on_computed_tensors_stays_an_operation() -> None:
     found = from_exported(torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},)))
     torch.testing.assert_close(found(x), model(x))
     assert [name for name, module in found.named_modules() if isinstance(module, nn.Linear)] == ["a", "head"]
+
+
+@torch.no_grad()
+def test_a_layer_that_holds_others_comes_back_with_them() -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 5)
+            self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x).relu()) + super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Adapted(), nn.ReLU(), nn.Linear(5, 3)).eval(), torch.randn(2, 4)
+    found = from_exported(torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},)))
+    torch.testing.assert_close(found(x), model(x))
+    assert dict(found.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    groups = {group.name: group.size for group in convert(found, x).scan.removable}
+    assert groups == {"0.down": 2, "0.up": 5}

@@ -127,7 +127,10 @@ def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
         if not hasattr(root, part):
             root.add_module(part, nn.Module())
         root = getattr(root, part)
-    if not hasattr(root, own):
+    before = root._modules.get(own)
+    if before is None or type(before) is nn.Module:  # made for the layers below this one
+        for below, module in () if before is None else before.named_children():
+            layer.add_module(below, module)
         root.add_module(own, layer)
 
 

@@ -53,7 +53,8 @@ def _free_reshape_(node: fx.Node) -> None:
             open_places.append(place)
     if open_places and -1 not in sizes:
         sizes[open_places[-1]] = -1
-    node.args = (source, sizes)
+    # a view where the network was exported need be none where attention is computed otherwise
+    node.target, node.args = aten.reshape.default, (source, sizes)
 
 
 def _sizes_of(node: Any) -> list[_Size]:
