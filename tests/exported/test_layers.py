@@ -20,6 +20,17 @@ from vbdcompress.surgery.compare import EXACT, flatten_output, relative_differen
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 
+class Scale(nn.Module):
+    """An operation on a parameter that no layer has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class Upscaling(nn.Module):
     """Transposed convolutions, PReLU, and norms by channel."""
 
@@ -29,13 +40,14 @@ class Upscaling(nn.Module):
         self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, output_padding=1, dilation=2)
         self.apart = nn.ConvTranspose2d(6, 6, 2, groups=6, bias=False)
         self.plain, self.own = nn.BatchNorm2d(6, affine=False), nn.InstanceNorm2d(6, affine=True)
+        self.scale = Scale(6)
         self.around = nn.Conv2d(6, 5, 3, padding=1, padding_mode="circular")
         self.running = nn.InstanceNorm2d(5, track_running_stats=True)
         self.up1, self.up3 = nn.ConvTranspose1d(5, 4, 2, stride=2), nn.ConvTranspose3d(4, 3, (1, 1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.plain(self.apart(self.up(self.one(self.each(self.stem(x))))))
-        y = self.running(self.around(self.own(y).relu())).flatten(2)
+        y = self.running(self.around(self.scale(self.own(y)).relu())).flatten(2)
         return self.up3(self.up1(y).relu()[:, :, None, None]).flatten(1)
 
 

@@ -37,6 +37,11 @@ def heads(y: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(-1, 16, 8).mean(1)
 
 
+def heads_of_what_is_left(y: Tensor) -> Tensor:
+    q = y.flatten(2).transpose(1, 2).reshape(y.shape[0], 16, 4, -1).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(y.shape[0], 16, -1).mean(1)
+
+
 def heads_beside_the_batch(y: Tensor) -> Tensor:
     n = y.shape[0]
     q = y.flatten(2).permute(2, 0, 1).reshape(16, n * 4, 2).transpose(0, 1)
@@ -62,6 +67,7 @@ CASES = [
     (by_channel, 8, 8),
     (flat, 128, 8),
     (heads, 8, 4),
+    (heads_of_what_is_left, 8, 4),
     (heads_beside_the_batch, 8, 4),
     (expanded, 8, 8),
     (unflattened, 4, 4),

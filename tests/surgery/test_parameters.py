@@ -41,6 +41,16 @@ def bare_matrix() -> nn.Module:
     return model
 
 
+def lists_of_parameters() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(pool(m.b((m.a(x) * m.scales[1] + m.shifts["a"]).relu()).relu()))
+
+    scales = nn.ParameterList([torch.rand(3), torch.rand(6, 1, 1)])
+    shifts = nn.ParameterDict({"a": torch.randn(1, 6, 1, 1)})
+    layers = {"a": conv(3, 6), "b": conv(6, 5), "head": nn.Linear(5, 4)}
+    return Pattern(forward, **layers, scales=scales, shifts=shifts)
+
+
 class Held(Pattern):
     """A pattern that holds tensors of its own, by their names."""
 
@@ -117,6 +127,7 @@ def buffer_of_numbers() -> nn.Module:
 CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (scale_of_two, {"a": 7, "b": 5, "c": 6}),
     (bare_parameter, {"a": 6, "b": 5}),
+    (lists_of_parameters, {"a": 6, "b": 5}),
     (buffers_by_channel, {"a": 6, "b": 5}),
     (norm_of_its_own, {"a": 6, "b": 5}),
     (slopes_by_head, {"a": 6, "q": 4, "out": 7}),

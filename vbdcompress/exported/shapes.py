@@ -51,6 +51,9 @@ def _free_reshape_(node: fx.Node) -> None:
                     )
         elif (place := _open_place(segment, len(made))) is not None:
             open_places.append(place)
+    if open_places and -1 in sizes and made[sizes.index(-1)].is_number:
+        own = sizes.index(-1)  # where the network's code left a size open, as that of a head
+        sizes[own] = int(made[own])
     if open_places and -1 not in sizes:
         sizes[open_places[-1]] = -1
     # a view where the network was exported need be none where attention is computed otherwise

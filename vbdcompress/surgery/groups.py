@@ -168,7 +168,9 @@ def _role_of(module: nn.Module) -> Role | None:
         return "mixing"
     if _is_per_channel(module):
         return "between"
-    known = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.PReLU)
+    # those that hold parameters and compute nothing; of exported programs they are plain modules
+    holds = type(module) is nn.Module or isinstance(module, nn.ParameterList | nn.ParameterDict | nn.PReLU)
+    known = type(module).__module__.startswith("torch.nn.") and not holds
     if known and (any(True for _ in module.parameters(recurse=False)) or isinstance(module, nn.GroupNorm)):
         return "opaque"
     return None
