@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from vbdcompress.checkpoints import FitCheckpoint, FitState
 from vbdcompress.config import FitConfig
-from vbdcompress.data import TensorBatches, count_examples
+from vbdcompress.data import TensorBatches, count_examples, on_device
 from vbdcompress.data.loaders import check_repeatable
 from vbdcompress.devices import start_fabric
 from vbdcompress.distillation import teach
@@ -76,7 +76,7 @@ def fit(
         check_repeatable(batches)
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         total = num_data or count_examples(loader)
-        placed = _place(loader, fabric)
+        placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         loss, placed, absent = teach(teacher, loss, placed, config, fabric)
         _lay_out_(model, torch.channels_last)
         elbo = ELBO(model, loss, total, config.prior)
@@ -182,5 +182,6 @@ def _sparsity(model: nn.Module, threshold: float) -> float | None:
     if not posteriors:
         return None
     with torch.no_grad():
-        removed = sum(int((p.log_alpha() >= threshold).sum()) for p in posteriors)
+        # one sum on the device: each number read would wait for it
+        removed = int(torch.stack([(p.log_alpha() >= threshold).sum() for p in posteriors]).sum())
     return removed / sum(p.theta.numel() for p in posteriors)

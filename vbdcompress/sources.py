@@ -1,13 +1,13 @@
 """The data of a run: what it must be, and what a reader of the report must know of it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.data import TensorBatches
+from vbdcompress.data import TensorBatches, on_device
 from vbdcompress.errors import DataError
 from vbdcompress.inputs import Inputs, call, in_eval_mode, tensors_of
 from vbdcompress.records import InputSpec
@@ -31,6 +31,13 @@ class Sources:
     record: DataRecord
     input: InputSpec
     notes: tuple[str, ...] = ()
+
+    def on(self, device: torch.device) -> "Sources":
+        """The same data, those in memory on the device; the order of training batches is the device's own."""
+        train, validation, test = (
+            on_device(batches, device) for batches in (self.train, self.validation, self.test)
+        )
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def warnings_of(sources: Sources) -> list[str]:

@@ -91,7 +91,7 @@ class StageRunner:
         original: Size,
         device: torch.device,
     ) -> None:
-        self.sources, self.config, self.judge = sources, config, judge
+        self.sources, self.config, self.judge = sources.on(device), config, judge
         # Outputs that a loss of the user's own reads need not be logits
         follow = judge.loss is cross_entropy if config.distill is None else config.distill > 0
         self.teacher = teacher if follow else None

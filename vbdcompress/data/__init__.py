@@ -2,6 +2,15 @@
 
 from vbdcompress.data.batches import TensorBatches
 from vbdcompress.data.dataset import DataSet, load_data
-from vbdcompress.data.loaders import Unpack, Unpacked, count_examples, split_loader
+from vbdcompress.data.loaders import Unpack, Unpacked, count_examples, on_device, split_loader
 
-__all__ = ["DataSet", "TensorBatches", "Unpack", "Unpacked", "count_examples", "load_data", "split_loader"]
+__all__ = [
+    "DataSet",
+    "TensorBatches",
+    "Unpack",
+    "Unpacked",
+    "count_examples",
+    "load_data",
+    "on_device",
+    "split_loader",
+]

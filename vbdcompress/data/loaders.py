@@ -45,6 +45,14 @@ class Unpacked:
         set_epoch(self.loader, epoch)
 
 
+def on_device(batches: Any, device: torch.device) -> Any:
+    """A set in memory moved to the device, all of it for this process; any other loader as it is.
+
+    Batch by batch, every pass over it would wait for the copies.
+    """
+    return batches.on(device, 0, 1) if isinstance(batches, TensorBatches) else batches
+
+
 def set_epoch(batches: Any, epoch: int) -> None:
     """Tell whatever decides the order of the examples which epoch it is."""
     parts: list[Any] = [batches]
