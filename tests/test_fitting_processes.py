@@ -46,7 +46,15 @@ def make_model(log_sigma2):
 
 
 def make_config(devices):
-    return FitConfig(epochs=3, lr=0.01, lr_log_sigma2=0.01, devices=devices, device="cpu", warmup_epochs=1)
+    return FitConfig(
+        epochs=3,
+        lr=0.01,
+        lr_log_sigma2=0.01,
+        devices=devices,
+        device="cpu",
+        warmup_epochs=1,
+        compile="compile" in sys.argv,
+    )
 
 
 class Count:
@@ -121,7 +129,7 @@ def expected(script: Path) -> list[list[float]]:
     return rows
 
 
-def run(script: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def run(script: Path, *command: str, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
     ours = str(Path(vbdcompress.__file__).parents[1])
     outside = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in outside}
@@ -130,7 +138,7 @@ def run(script: Path, *command: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, *command],
         env=environment,
         cwd=script.parent,
-        timeout=SECONDS,
+        timeout=seconds,
         capture_output=True,
         text=True,
         check=False,
@@ -158,6 +166,12 @@ def check(found: dict[str, Any], expected: list[list[float]]) -> None:
 @pytest.mark.timeout(SECONDS + 30)
 def test_fit_with_devices_2_equals_one_process(script: Path, expected: list[list[float]]) -> None:
     check(rows_of(run(script, str(script), "2")), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * SECONDS + 30)
+def test_fit_compiled_with_devices_2_equals_one_process(script: Path, expected: list[list[float]]) -> None:
+    check(rows_of(run(script, str(script), "2", "compile", seconds=4 * SECONDS)), expected)
 
 
 @pytest.mark.timeout(SECONDS + 30)

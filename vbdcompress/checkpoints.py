@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from vbdcompress.config import FitConfig
+from vbdcompress.config import MACHINE, FitConfig
 from vbdcompress.errors import FitError
 from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.records import EpochRow
@@ -41,11 +41,7 @@ class FitCheckpoint:
 
 def _fingerprint(config: FitConfig) -> dict[str, Any]:
     """What must be equal for a checkpoint to go on; the machine's part may differ."""
-    return {
-        name: getattr(config, name)
-        for name in FitConfig.model_fields
-        if name not in ("device", "devices", "precision")
-    }
+    return {name: getattr(config, name) for name in FitConfig.model_fields if name not in MACHINE}
 
 
 class FitState:

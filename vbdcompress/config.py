@@ -19,6 +19,10 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
+# Fields that say how a machine computes, not what: a run may go on with others
+MACHINE = frozenset({"device", "devices", "precision", "compile", "cuda_graphs"})
+
+
 class FitConfig(BaseModel):
     """How the posterior is fitted. The same fields train a plain network (`vbdcompress train`)."""
 
@@ -67,11 +71,26 @@ class FitConfig(BaseModel):
         description="Processes on this machine, one device each; torchrun's own where it started them.",
     )
     precision: Precision = Field("32-true", description="Of the forward pass while fitting.")
+    compile: bool = Field(
+        False,
+        description="Let torch.compile fuse the training step: compiling takes a minute or so, steps less.",
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="With compile, on an NVIDIA GPU: replay the step as CUDA graphs (mode reduce-overhead), "
+        "for networks so small that launching kernels takes longer than running them; takes more memory.",
+    )
 
     @property
     def distill_share(self) -> float:
         """`distill`, 1 where it was not given."""
         return 1.0 if self.distill is None else self.distill
+
+    @model_validator(mode="after")
+    def _graphs_are_of_compiled_code(self) -> Self:
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs replays what compile made: give both")
+        return self
 
 
 def parse_limit(text: str | int, total: int) -> int:

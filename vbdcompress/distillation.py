@@ -9,6 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from vbdcompress.attention import open_attention_
+from vbdcompress.compilation import compile_
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.evaluation import Loss
@@ -68,4 +69,5 @@ def teach(
         with fabric.autocast():
             outputs = [outputs_of(teacher, batches.view(number)) for number in range(views)]
         return distilled, batches.taught(torch.stack(outputs)), None
+    compile_(teacher, config)
     return distilled, batches, teacher

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vbdcompress.checkpoints import FitCheckpoint, FitState
+from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, count_examples, on_device
 from vbdcompress.data.loaders import check_repeatable
@@ -67,14 +68,16 @@ def fit(
             it had not been.
         listener: told of steps and epochs.
     Raises:
-        FitError: the loss turned NaN or infinite, or a checkpoint is of another fit.
+        FitError: the loss turned NaN or infinite, a checkpoint is of another fit, or torch.compile
+            was asked for and fails.
         DataError: the loader is empty, or gives its batches only once.
     """
     config = config or FitConfig()
     fabric = start_fabric(config)
     for batches in (loader, validation):
         check_repeatable(batches)
-    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else [])
+    with forked, compiled_code(config):
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         loss, placed, absent = teach(teacher, loss, placed, config, fabric)
@@ -82,6 +85,7 @@ def fit(
         elbo = ELBO(model, loss, total, config.prior)
         optimizer = make_optimizer(model, config)
         dtype = next(model.parameters()).dtype
+        compile_(elbo, config)
         step_module, step_optimizer = fabric.setup(elbo, optimizer)
         if not fabric.is_global_zero:
             listener = None

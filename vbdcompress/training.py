@@ -9,6 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from vbdcompress.compilation import begin_step
 from vbdcompress.config import FitConfig
 from vbdcompress.data.loaders import set_epoch
 from vbdcompress.errors import FitError
@@ -104,6 +105,7 @@ class EpochRunner:
         """This process's inputs, targets and number of examples, on its device, batch by batch."""
         device = self.fabric.device
         for batch in self.batches:
+            begin_step(self.config)
             inputs, target = to_device(batch[0], device), to_device(batch[1], device)
             if self.teacher is not None:
                 with torch.no_grad(), self.fabric.autocast():

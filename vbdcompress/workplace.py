@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
-from vbdcompress.config import RunConfig
+from vbdcompress.config import MACHINE, RunConfig
 from vbdcompress.errors import FitError
 from vbdcompress.files import write_text
 from vbdcompress.inputs import Inputs, example_shape
@@ -41,7 +41,7 @@ def identify_run(
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    options = config.model_dump(mode="json", exclude={"device", "devices", "precision"})
+    options = config.model_dump(mode="json", exclude=set(MACHINE))
     return {
         "network": digest.hexdigest()[:16],
         "data": [*data, list(example_shape(samples))],

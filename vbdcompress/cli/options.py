@@ -39,10 +39,8 @@ def _option_of(name: str) -> Callable[[Command], Command]:
     told = field.description or ""
     if field.default not in (None, (), False):
         told += f"  [default: {field.default}]"
-    if field.annotation == bool | None:
+    if field.annotation in (bool, bool | None):
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=told)
-    if field.annotation is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=told)
     if get_origin(field.annotation) is tuple:
         return click.option(flag, name, multiple=True, metavar="NAME", help=told)
     return click.option(flag, name, type=_click_type(field.annotation), default=None, help=told)

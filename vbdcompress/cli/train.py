@@ -14,7 +14,7 @@ from vbdcompress.cli.options import (
     parse_arch_args,
     parse_normalisation,
 )
-from vbdcompress.config import make_config
+from vbdcompress.config import MACHINE, make_config
 from vbdcompress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ OPTIONS = (
     "device",
     "devices",
     "precision",
+    "compile",
+    "cuda_graphs",
 )
 
 
@@ -177,7 +179,7 @@ def _write(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunCo
     from vbdcompress.evaluation import measure_error
     from vbdcompress.loading import Loaded, save_checkpoint
 
-    told = {name: getattr(config, name) for name in OPTIONS if name not in ("device", "devices")}
+    told = {name: getattr(config, name) for name in OPTIONS if name not in MACHINE - {"precision"}}
     errors = {"validation_error": measure_error(model, dataset.validation_batches())}
     test = dataset.test_batches()
     if test is not None:
