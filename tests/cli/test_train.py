@@ -43,6 +43,19 @@ def test_train_then_run_on_the_user_s_npz(cli, tmp_path):
     assert content["data"]["classes"] == ["0", "1", "2"]
 
 
+def test_train_reads_a_recipe(cli, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('optimizer = "sgd"\nlr = 0.05\nepochs = 4\nseed = 3\n')
+    whole = ["train", "digits", "--data", "digits", "--config", recipe, "--epochs", "1"]
+    assert cli(*whole, "--out", tmp_path / "net.pt")[0] == 0
+    training = torch.load(tmp_path / "net.pt", weights_only=True)["training"]
+    assert [training[name] for name in ("optimizer", "lr", "epochs", "seed")] == ["sgd", 0.05, 1, 3]
+    recipe.write_text("beta = 2.0\n")
+    code, _, err = cli(*whole, "--out", tmp_path / "other.pt")
+    assert code == 2
+    assert "has options that training does not take: beta" in err
+
+
 def test_train_goes_on_as_if_it_had_not_been_cut_off(cli, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
     assert cli(*TRAIN, "--out", whole)[0] == 0

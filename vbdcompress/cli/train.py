@@ -14,7 +14,7 @@ from vbdcompress.cli.options import (
     parse_arch_args,
     parse_normalisation,
 )
-from vbdcompress.config import MACHINE, make_config
+from vbdcompress.config import MACHINE, make_config, read_toml
 from vbdcompress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ OPTIONS = (
 @click.command("train", short_help="Train a network from scratch.")
 @click.argument("arch")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .pt file to write.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of the options below."
+)
 @click.option("--resume", is_flag=True, help="Go on from where an unfinished training of this file stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
 @click.option(
@@ -61,6 +64,7 @@ OPTIONS = (
 def command(
     arch: str,
     out: Path,
+    config_file: Path | None,
     resume: bool,
     overwrite: bool,
     arch_args: tuple[str, ...],
@@ -94,9 +98,20 @@ def command(
             f"there is an unfinished training of '{out}'.",
             "--resume to go on, or --overwrite to start anew",
         )
-    config = make_config(given_options(options), "train")
+    config = _config(config_file, given_options(options))
     reading = {"root": data_root, "image_size": image_size, "normalisation": parse_normalisation(mean, std)}
     _train(_Order(arch, parse_arch_args(arch_args), data, out, resume), reading, config)
+
+
+def _config(file: Path | None, given: dict[str, Any]) -> "RunConfig":
+    """The options of a TOML file, those given on the command line before them."""
+    values = read_toml(file) if file else {}
+    foreign = sorted(set(values) - set(OPTIONS))
+    if foreign:
+        raise ConfigError(
+            f"config file '{file}'", f"has options that training does not take: {', '.join(foreign)}."
+        )
+    return make_config(values | given, f"config file '{file}'" if file else "train")
 
 
 @dataclass(frozen=True)
