@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -40,17 +41,17 @@ def test_every_recipe_is_a_valid_configuration(script):
     recipes = sorted((PAPER.parent / "recipes").glob("*.toml"))
     assert recipes
     named = {row.recipe(method).name for row in rows.ROWS.values() for method in rows.METHODS}
+    cifar = runpy.run_path(str(PAPER.parent / "cifar" / "cifar_rows.py"))
+    named |= {row.recipe(method) for row in cifar["ROWS"].values() for method in row.methods}
+    named |= {cifar["training_recipe"](network) for network in cifar["NETWORKS"]}
     for recipe in recipes:
         make_config(read_toml(recipe))
         assert recipe.name in named
 
 
-def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path, monkeypatch):
+def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path):
     module = script("write_readme")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    row = script("rows").ROWS["lenet_300_100_weights"]
-    assert module._line(row, "vbd") is None
-    (tmp_path / row.name).mkdir()
+    assert module._line(tmp_path, "vbd", "VBD") is None
     for seed, (error, nonzeros) in enumerate([(1.5, 100), (1.7, 200)]):
         content = {
             "seed": seed,
@@ -61,11 +62,12 @@ def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path, monkeypatch)
             "kept": {"layers.0": 7, "layers.1": 5},
             "epochs": 3,
             "minutes": 4.0 + seed,
+            "device": "cpu",
             "commit": "abc",
             "command": f"vbdcompress run x.pt --seed {seed} --out .runs/x-vbd-{seed}",
         }
-        (tmp_path / row.name / f"vbd-{seed}.json").write_text(json.dumps(content))
-    line = module._line(row, "vbd")
+        (tmp_path / f"vbd-{seed}.json").write_text(json.dumps(content))
+    line = module._line(tmp_path, "vbd", "VBD")
     assert line["error"] == "1.60 ± 0.14 %"  # the deviation of 1.5 and 1.7 is 0.2 / sqrt(2)
     assert line["ratios"]["nonzeros"] == "60.0 ± 28.3x"
     assert line["exported"] == "1.50 %"

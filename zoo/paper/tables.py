@@ -58,7 +58,7 @@ def _run(row: Row, method: str, seed: int, data_root: Path, result: Path) -> Non
     shown = ["vbdcompress" if part == "-m" else part for part in command]
     shown = shown[shown.index("vbdcompress") :] if "vbdcompress" in shown else ["python", *shown[1:]]
     shown = [part for number, part in enumerate(shown) if part != "vbdcompress" or number == 0]
-    content = _figures(report) | {
+    content = figures(report) | {
         "row": row.name,
         "method": method,
         "seed": seed,
@@ -72,7 +72,7 @@ def _run(row: Row, method: str, seed: int, data_root: Path, result: Path) -> Non
         shutil.copytree(out, ROOT / "exports" / row.name, dirs_exist_ok=True)
 
 
-def _figures(report: dict[str, Any]) -> dict[str, Any]:
+def figures(report: dict[str, Any]) -> dict[str, Any]:
     """What the tables show of a report."""
     after, before = report["size"]["after"], report["size"]["before"]
     groups = [group for stage in report["stages"] for group in stage["groups"]]

@@ -4,6 +4,7 @@ python zoo/paper/write_readme.py
 """
 
 import json
+import runpy
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,7 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from rows import METHOD_NAMES, METHODS, RESULTS, ROWS, ZOO, Row
 
 TEMPLATE = Path(__file__).with_name("README.md.jinja")
-BENCHMARK = ZOO / "benchmarks" / "step_cost.json"
+BENCHMARKS = ("step_cost.json", "step_cost_cuda.json")
+CIFAR = runpy.run_path(str(ZOO / "cifar" / "cifar_rows.py"))
 
 
 @click.command()
@@ -24,14 +26,16 @@ def main(out: Path) -> None:
         mode: [_describe(row) for row in ROWS.values() if row.mode == mode]
         for mode in ("weights", "channels")
     }
-    benchmark = json.loads(BENCHMARK.read_text(encoding="utf-8")) if BENCHMARK.exists() else None
+    benchmarks = [ZOO / "benchmarks" / name for name in BENCHMARKS]
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(
         tables=tables,
-        benchmark=benchmark,
+        benchmarks=[json.loads(path.read_text(encoding="utf-8")) for path in benchmarks if path.exists()],
+        cifar=[_describe_cifar(row) for row in CIFAR["ROWS"].values()],
+        cifar_networks=list(CIFAR["NETWORKS"].values()),
         bits=_read("bits"),
         deploy=_read("deploy"),
         channels=_read("channels"),
@@ -47,7 +51,7 @@ def _read(name: str) -> Any:
 
 def _describe(row: Row) -> dict[str, Any]:
     """A row of a table: the paper's figures and a line for each method that has results."""
-    lines = [_line(row, method) for method in METHODS]
+    lines = [_line(RESULTS / row.name, method, METHOD_NAMES[method]) for method in METHODS]
     return {
         "title": row.title,
         "name": row.name,
@@ -58,9 +62,27 @@ def _describe(row: Row) -> dict[str, Any]:
     }
 
 
-def _line(row: Row, method: str) -> dict[str, Any] | None:
-    """Mean and spread of one method over its seeds; None where no run is finished."""
-    paths = sorted((RESULTS / row.name).glob(f"{method}-*.json"))
+def _describe_cifar(row: Any) -> dict[str, Any]:
+    """The same for CIFAR-10."""
+    lines = [
+        _line(CIFAR["RESULTS"] / row.name, method, CIFAR["METHOD_NAMES"][method]) for method in row.methods
+    ]
+    return {
+        "title": f"{CIFAR['NETWORKS'][row.network].title}, {row.mode}",
+        "name": row.name,
+        "elsewhere": row.elsewhere,
+        "goal": row.goal,
+        "lines": [line for line in lines if line],
+    }
+
+
+def _line(results: Path, method: str, title: str) -> dict[str, Any] | None:
+    """Mean and spread of one method over its seeds; None where no run is finished.
+
+    Args:
+        results: folder of the row's result files.
+    """
+    paths = sorted(results.glob(f"{method}-*.json"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     if not runs:
         return None
@@ -70,10 +92,12 @@ def _line(row: Row, method: str) -> dict[str, Any] | None:
     }
     exported = [run for run in runs if run["seed"] == 0 and method == "vbd"]
     return {
-        "method": METHOD_NAMES[method],
+        "method": title,
         "error": _spread([run["test_error"] for run in runs], 2, " %"),
         "dense": f"{runs[0]['dense_test_error']:.2f} %",
         "ratios": {field: _spread(values, 1, "x") for field, values in ratios.items()},
+        "millions": {field: f"{mean(run['size'][field] for run in runs) / 1e6:.2f}M" for field in ratios},
+        "devices": ", ".join(sorted({run["device"] for run in runs})),
         "kept": "-".join(str(count) for count in runs[0]["kept"].values()),
         "exported": f"{exported[0]['test_error']:.2f} %" if exported else "",
         "seeds": len(runs),

@@ -1,0 +1,97 @@
+"""The networks and rows of the CIFAR-10 tables, and the figures beside them.
+
+Sources: "Variational Bayesian Dropout with a Hierarchical Prior", supplement, Table 1 (VGG); DECORE (Alwani
+et al. 2022), CORING (Pham et al. 2024) and DepGraph (Fang et al. 2023) as their papers report them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ZOO = Path(__file__).resolve().parents[1]
+ROOT = ZOO.parent
+RESULTS = ZOO / "cifar" / "results"
+METHOD_NAMES = {
+    "vbd": "VBD",
+    "vd": "VD (log-uniform prior)",
+    "magnitude": "torch-pruning, magnitude",
+    "taylor": "torch-pruning, Taylor",
+}
+# torch-pruning cuts channels; it has no single weights to offer
+METHODS = {"channels": ("vbd", "vd", "magnitude", "taylor"), "weights": ("vbd", "vd")}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A dense network: its name among the architectures, and the test error aimed at, in percent."""
+
+    name: str
+    title: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network in one mode.
+
+    Attributes:
+        network: among NETWORKS.
+        mode: "weights" or "channels".
+        seeds: how many runs the mean is of.
+        elsewhere: what others report.
+        goal: what is aimed at here.
+    """
+
+    network: str
+    mode: str
+    elsewhere: str
+    goal: str
+    seeds: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of the recipe, the results and the folder under exports."""
+        return f"{self.network}_{self.mode}"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """VBD first: the others are brought to its size."""
+        return METHODS[self.mode]
+
+    def recipe(self, method: str) -> str:
+        """File of a method's options in zoo/recipes; torch-pruning's methods train by VBD's."""
+        return f"{self.name}{'_vd' if method == 'vd' else ''}.toml"
+
+
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network("vgg_cifar", "VGG", 7.2),
+        Network("resnet20", "ResNet-20", 8.3),
+        Network("resnet56", "ResNet-56", 6.6),
+    )
+}
+ROWS = {
+    row.name: row
+    for row in (
+        Row(
+            "vgg_cifar",
+            "channels",
+            "the paper 8.8 % at 1.10M parameters and 132M MACs; DECORE 8.32 % at 0.26M and 37M; "
+            "CORING 6.17 % at 1.90M and 67M",
+            "better than each of them",
+        ),
+        Row(
+            "resnet56",
+            "channels",
+            "DepGraph 6.36 % at 2.57x; CORING 5.78 % at 1.90x",
+            "6.3 % at 3x fewer MACs",
+        ),
+        Row("resnet20", "channels", "-", "no worse than torch-pruning's own at the same MACs"),
+        Row("vgg_cifar", "weights", "-", "no worse than VD at as many nonzeros"),
+    )
+}
+
+
+def training_recipe(network: str) -> str:
+    """File of a dense network's training options in zoo/recipes."""
+    return f"{network}_train.toml"
