@@ -1,0 +1,250 @@
+"""The scripts under zoo/cifar: a slice of the work is cut off, carried elsewhere, and goes on to the end."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import vbdcompress
+from vbdcompress.architectures import build_architecture
+from vbdcompress.config import make_config, read_toml
+from vbdcompress.count import measure_size
+from vbdcompress.data import TensorBatches, load_data
+from vbdcompress.loading import Loaded, load, save_checkpoint
+
+ZOO = Path(__file__).parents[2] / "zoo"
+IMAGES = 400
+TRAIN = """
+epochs = 25
+batch_size = 50
+optimizer = "sgd"
+lr = 0.05
+augment = "crop-flip"
+"""
+RUN = """
+mode = "channels"
+epochs = 2
+beta = 50.0
+batch_size = 50
+warmup_epochs = 1
+lr_gates = 0.3
+finetune_epochs = 1
+augment = "crop-flip"
+"""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    """Import a script of zoo/cifar by name."""
+    monkeypatch.syspath_prepend(str(ZOO / "cifar"))
+
+    def read(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return read
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, data_root: Path) -> list[str]:
+    """Arguments of slice.py: a few hundred images of CIFAR-10, a narrow VGG, recipes of a few epochs."""
+    if not (data_root / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {data_root}")
+    from torchvision.datasets import CIFAR10
+
+    whole = CIFAR10(str(data_root), train=False)
+    images = np.ascontiguousarray(whole.data.transpose(0, 3, 1, 2))[: 2 * IMAGES]
+    labels = np.array(whole.targets)[: 2 * IMAGES]
+    train, test = slice(IMAGES), slice(IMAGES, None)
+    np.savez(
+        tmp_path / "cifar.npz",
+        images=images[train],
+        labels=labels[train],
+        test_images=images[test],
+        test_labels=labels[test],
+    )
+    recipes = tmp_path / "zoo" / "recipes"
+    recipes.mkdir(parents=True)
+    (recipes / "vgg_cifar_train.toml").write_text(TRAIN)
+    (recipes / "vgg_cifar_channels.toml").write_text(RUN)
+    told = ["--data", str(tmp_path / "cifar.npz"), "--zoo", str(tmp_path / "zoo")]
+    return [*told, "--arch-arg", "width=0.03", "--machine", "--device cpu", "--commit", "abc"]
+
+
+def start(*arguments: Any) -> "subprocess.Popen[str]":
+    ours = str(Path(vbdcompress.__file__).parents[1])
+    return subprocess.Popen(
+        [sys.executable, str(ZOO / "cifar" / "slice.py"), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": ours, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path: Path, seconds: float = 100.0) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("methods", [["vbd"], pytest.param(["vbd", "taylor"], marks=pytest.mark.slow)])
+def test_slice_is_cut_off_carried_and_goes_on_to_the_end(
+    tmp_path: Path, narrow: list[str], methods: list[str]
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    steps = ["train-vgg_cifar", "store-vgg_cifar", *(f"vgg_cifar_channels-{method}-0" for method in methods)]
+    narrow += [part for name in steps for part in ("--only", name)]
+    running = start(*narrow, "--work", here, "--out", tmp_path / "first")
+    wait_for(here / "dense" / ".state" / "vgg_cifar.pt" / "training.ckpt")
+    running.send_signal(signal.SIGTERM)
+    output = running.communicate(timeout=100)[0]
+    assert running.returncode == 0, output
+    (entry,) = json.loads((tmp_path / "first" / "slice.json").read_text())
+    assert (entry["step"], entry["state"]) == ("train-vgg_cifar", "cut off"), output
+    assert not (here / "dense" / "vgg_cifar.pt").exists()
+
+    running = start(
+        *narrow,
+        "--work",
+        there,
+        "--out",
+        tmp_path / "second",
+        "--carry",
+        tmp_path / "first",
+        "--seconds",
+        250,
+    )
+    output = running.communicate(timeout=270)[0]
+    assert running.returncode == 0, output
+    log = json.loads((tmp_path / "second" / "slice.json").read_text())
+    assert [(entry["step"], entry["state"]) for entry in log] == [(step, "done") for step in steps], output
+    assert output.splitlines()[0].endswith(", goes on")
+    assert load(there / "zoo" / "vgg_cifar.pt").training["stored"] in ("bfloat16", "float32")
+    results = {
+        method: json.loads((there / "results" / "vgg_cifar_channels" / f"{method}-0.json").read_text())
+        for method in methods
+    }
+    for result in results.values():
+        assert result["size"]["macs"] <= results["vbd"]["size"]["macs"] < result["dense_size"]["macs"]
+        assert result["epochs"] == 3
+    assert results["vbd"]["command"] == (
+        "vbdcompress run zoo/vgg_cifar.pt --config zoo/recipes/vgg_cifar_channels.toml --seed 0 "
+        "--out .runs/vgg_cifar_channels-vbd-0 --device cpu"
+    )
+    assert sum(part.stat().st_size for part in (tmp_path / "second").glob("carry.*")) > 10_000
+
+
+def test_slice_says_what_is_to_do(tmp_path: Path) -> None:
+    running = start("--list", "--work", tmp_path / "work", "--out", tmp_path / "out")
+    output = running.communicate(timeout=60)[0]
+    assert running.returncode == 0, output
+    lines = output.splitlines()
+    assert "vgg_cifar_channels-vbd-0: to do" in lines
+    assert lines.index("resnet20_channels-vbd-0: to do") < lines.index("step-cost: to do")
+    assert lines.index("step-cost: to do") < lines.index("vgg_cifar_channels-magnitude-0: to do")
+
+
+def test_pack_and_unpack_give_the_same_files(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    carry = script("carry")
+    monkeypatch.setattr(carry, "PART", 100_000)
+    monkeypatch.setattr(carry, "EXACT", 50_000)
+    work = tmp_path / "work"
+    made = {
+        "results/row/vbd-0.json": b"{}",
+        "runs/row-vbd-0/model.onnx": os.urandom(150_000),
+        "runs/row-vd-0/.state/run.json": b"{1}",
+        "zoo/net.pt": os.urandom(80_000),
+        "inductor/code.py": b"no",
+    }
+    for name, content in made.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(content)
+    weight, statistics = torch.randn(200, 200), torch.randn(20)
+    state = {
+        "model": {"w": weight, "b": statistics},
+        "optimizer": {"state": {0: weight}, "param_groups": [1]},
+    }
+    torch.save(state, work / "runs/row-vd-0/.state/fit.ckpt")
+    assert list(carry.pack(work, tmp_path / "out")) == []
+    assert all(part.stat().st_size <= 100_000 for part in (tmp_path / "out").iterdir())
+    carry.unpack(tmp_path / "out", tmp_path / "there")
+    for name, content in made.items():
+        path = tmp_path / "there" / name
+        assert path.read_bytes() == content if not name.startswith("inductor") else not path.exists()
+    found = torch.load(tmp_path / "there/runs/row-vd-0/.state/fit.ckpt", weights_only=True)
+    assert torch.equal(found["model"]["w"], weight.bfloat16())
+    assert torch.equal(found["model"]["b"], statistics)
+    assert found["optimizer"] == {"state": {}, "param_groups": [1]}
+    # what came that way, and is as it was, does not go back
+    (tmp_path / "there/results/row/vd-0.json").write_bytes(b"[]")
+    list(carry.pack(tmp_path / "there", tmp_path / "back"))
+    carry.unpack(tmp_path / "back", tmp_path / "again")
+    files = [path.name for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert sorted(files) == [".carried.json", "vd-0.json"]
+
+
+def test_pack_tells_what_does_not_fit(script: Any, tmp_path: Path) -> None:
+    for name in ("results/row/vbd-0.json", "zoo/net.pt"):
+        (tmp_path / "work" / name).parent.mkdir(parents=True)
+        (tmp_path / "work" / name).write_bytes(os.urandom(5000))
+    told = list(script("carry").pack(tmp_path / "work", tmp_path / "out", limit=30_000))
+    assert told == ["left behind: zoo/net.pt (5,000 bytes)"]
+
+
+def test_store_rounds_weights_and_says_the_error_of_what_it_wrote(script: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = load_data("digits")
+    model = build_architecture("digits").eval()
+    split = {"fraction": 0.1, "seed": 0}
+    save_checkpoint(
+        tmp_path / "net.pt", Loaded(model, "digits", {}, "digits", data.input, split, {"lr": 1.0})
+    )
+    done = CliRunner().invoke(script("store").main, [str(tmp_path / "net.pt"), str(tmp_path / "small.pt")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "small.pt").stat().st_size < 0.6 * (tmp_path / "net.pt").stat().st_size
+    stored = load(tmp_path / "small.pt")
+    assert stored.training["stored"] == "bfloat16"
+    assert stored.training["lr"] == 1.0
+    for name, parameter in stored.model.named_parameters():
+        expected = model.get_parameter(name)
+        expected = expected.bfloat16().float() if expected.dim() >= 2 else expected
+        assert torch.equal(parameter, expected)
+    inputs, labels = data.test.inputs, data.test.labels
+    wrong = (stored.model(inputs).argmax(1) != labels).double().mean()
+    assert stored.training["test_error"] == pytest.approx(100 * float(wrong))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor"])
+def test_prune_reaches_the_macs_asked_for(script: Any, method: str) -> None:
+    torch.manual_seed(0)
+    model = build_architecture("resnet20", {"channels": (8, 8, 16)}).eval()
+    images = torch.randn(20, 3, 32, 32)
+    whole = measure_size(model, images[:2]).macs
+    batches = TensorBatches(images, torch.arange(20) % 10, 10, shuffle=True)
+    found = script("prune").prune(model, batches, method, whole // 3)
+    assert 0.6 * (whole // 3) < measure_size(found, images[:2]).macs <= whole // 3
+    assert found(images).shape == (20, 10)
+    assert measure_size(model, images[:2]).macs == whole
+
+
+def test_every_recipe_of_the_rows_is_a_valid_configuration(script: Any) -> None:
+    rows = script("cifar_rows")
+    recipes = ZOO / "recipes"
+    for row in rows.ROWS.values():
+        assert row.network in rows.NETWORKS
+        for method in row.methods:
+            assert make_config(read_toml(recipes / row.recipe(method))).mode == row.mode
+    for network in rows.NETWORKS:
+        make_config(read_toml(recipes / rows.training_recipe(network)))
