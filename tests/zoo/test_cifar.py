@@ -18,15 +18,17 @@ from click.testing import CliRunner
 
 import vbdcompress
 from vbdcompress.architectures import build_architecture
-from vbdcompress.config import make_config, read_toml
+from vbdcompress.checkpoints import FitCheckpoint
+from vbdcompress.config import FitConfig, make_config, read_toml
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, load_data
+from vbdcompress.fitting import fit
 from vbdcompress.loading import Loaded, load, save_checkpoint
 
 ZOO = Path(__file__).parents[2] / "zoo"
-IMAGES = 400
+IMAGES = 300
 TRAIN = """
-epochs = 25
+epochs = 15
 batch_size = 50
 optimizer = "sgd"
 lr = 0.05
@@ -224,6 +226,28 @@ def test_store_rounds_weights_and_says_the_error_of_what_it_wrote(script: Any, t
     inputs, labels = data.test.inputs, data.test.labels
     wrong = (stored.model(inputs).argmax(1) != labels).double().mean()
     assert stored.training["test_error"] == pytest.approx(100 * float(wrong))
+
+
+def test_a_network_goes_on_from_a_rounded_state(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    carry = script("carry")
+    data = load_data("digits")
+    for optimizer in ("adam", "sgd"):
+        checkpoint = FitCheckpoint(tmp_path / f"{optimizer}.ckpt", resume=True)
+        config = FitConfig(epochs=1, device="cpu", optimizer=optimizer, lr=0.01)
+        model = build_architecture("digits")
+        fit(model, data.train_batches(100, 0), config, checkpoint=checkpoint)
+        with monkeypatch.context() as patch:
+            patch.setattr(carry, "EXACT", 0)
+            checkpoint.path.write_bytes(carry._state_bytes(checkpoint.path))
+        content = torch.load(checkpoint.path, weights_only=True)
+        content["config"]["epochs"] = 2
+        torch.save(content, checkpoint.path)
+        longer = config.model_copy(update={"epochs": 2})
+        rows = fit(
+            build_architecture("digits"), data.train_batches(100, 0), longer, checkpoint=checkpoint
+        ).epochs
+        assert len(rows) == 2
+        assert rows[1].nll < rows[0].nll
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor"])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from cifar_rows import RESULTS, ROOT, ZOO
 
 PART = 15_000_000
@@ -140,6 +139,8 @@ def _state_bytes(path: Path) -> bytes:
     """A file of a run's state; a large checkpoint, or a large network that is not stored yet, rounded."""
     if path.suffix not in (".ckpt", ".pt") or path.stat().st_size <= EXACT:
         return path.read_bytes()
+    import torch  # takes seconds, and most states are small
+
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     where = "model" if "model" in content else "state_dict"
     content[where] = {
