@@ -16,7 +16,9 @@ SECONDS = 90
 # Log variances of -40: the noise vanishes, and the processes differ in nothing but their share.
 SCRIPT = '''
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -87,9 +89,45 @@ def train(devices, global_batch=20):
 class KeepFirst(Count):
     """Copies the checkpoint after the first epoch."""
 
+    def __init__(self, target):
+        self.target = target
+
     def on_epoch(self, row, epochs):
         if row.epoch == 1:
-            shutil.copy("fit.ckpt", "first.ckpt")
+            shutil.copy("fit.ckpt", self.target)
+
+
+def begin(devices):
+    """The fit on tensors; its state after an epoch stays in part.ckpt."""
+    tensors = TensorBatches(inputs, labels, 20, shuffle=True)
+    checkpoint = FitCheckpoint(Path("fit.ckpt"), False, 0.0)
+    config, listener = make_config(devices), KeepFirst("part.ckpt")
+    fit(make_model(-40.0), tensors, config, validation=tensors, checkpoint=checkpoint, listener=listener)
+
+
+def finish(checkpoint):
+    """Epoch rows of that fit, gone on with in one process."""
+    tensors = TensorBatches(inputs, labels, 20, shuffle=True)
+    kept = FitCheckpoint(checkpoint, True, 1e9)
+    rows = fit(make_model(-40.0), tensors, make_config(None), validation=tensors, checkpoint=kept).epochs
+    return [[row.nll, row.kl, row.beta, row.error] for row in rows]
+
+
+def lose(devices, how):
+    """A fit whose second process is killed in the middle, or finds no checkpoint where the first does."""
+    rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else 0
+    calls = []
+
+    def loss(output, target):
+        calls.append(1)
+        if how == "killed" and rank == 1 and len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return nn.functional.cross_entropy(output, target)
+
+    path = Path("part.ckpt" if how == "killed" or rank == 0 else "elsewhere.ckpt")
+    kept = FitCheckpoint(path, how == "elsewhere", 1e9)
+    tensors = TensorBatches(inputs, labels, 20)
+    fit(make_model(-40.0), tensors, make_config(devices), loss=loss, checkpoint=kept)
 
 
 def resume(devices):
@@ -97,7 +135,8 @@ def resume(devices):
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=10, shuffle=True)
     whole, resumed = make_model(-3.0), make_model(-3.0)
     config = make_config(devices)
-    fit(whole, loader, config, checkpoint=FitCheckpoint(Path("fit.ckpt"), False, 0.0), listener=KeepFirst())
+    kept, listener = FitCheckpoint(Path("fit.ckpt"), False, 0.0), KeepFirst("first.ckpt")
+    fit(whole, loader, config, checkpoint=kept, listener=listener)
     rows = fit(resumed, loader, config, checkpoint=FitCheckpoint(Path("first.ckpt"), True, 1e9)).epochs
     states = whole.state_dict(), resumed.state_dict()
     return len(rows) == 3 and all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
@@ -106,6 +145,9 @@ def resume(devices):
 if __name__ == "__main__":
     devices = int(sys.argv[1]) if sys.argv[1] != "none" else None
     try:
+        if "lose" in sys.argv:
+            lose(devices, sys.argv[-1])
+        begin(devices)
         rows, is_main, examples = train(devices, 10)
     except FitError as error:
         print("ERROR", str(error).replace("\\\\n", " "), flush=True)
@@ -166,6 +208,27 @@ def check(found: dict[str, Any], expected: list[list[float]]) -> None:
 @pytest.mark.timeout(SECONDS + 30)
 def test_fit_with_devices_2_equals_one_process(script: Path, expected: list[list[float]]) -> None:
     check(rows_of(run(script, str(script), "2")), expected)
+    # and what two processes began, one goes on with
+    rows = runpy.run_path(str(script))["finish"](script.parent / "part.ckpt")
+    for row, wanted in zip(rows, expected[:3], strict=True):
+        assert row == pytest.approx(wanted, rel=2e-5)
+
+
+@pytest.mark.timeout(SECONDS + 30)
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        ("killed", "processes: process 0 of 2 lost another one: it has ended or failed."),
+        ("elsewhere", "resume: process 1 found a checkpoint of 0 epochs, other processes of others."),
+    ],
+)
+def test_fit_says_that_a_process_is_lost(script: Path, how: str, found: str) -> None:
+    if how == "elsewhere" and not (script.parent / "part.ckpt").exists():
+        run(script, str(script), "none")
+    done = run(script, str(script), "2", "lose", how)
+    assert done.returncode == 7, done.stderr[-3000:]
+    assert found in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

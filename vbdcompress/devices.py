@@ -3,6 +3,8 @@
 import atexit
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed
 from lightning_fabric import Fabric
@@ -54,6 +56,46 @@ def start_fabric(config: FitConfig) -> Fabric:
         atexit.unregister(_leave_processes)
         atexit.register(_leave_processes)
     return fabric
+
+
+@contextmanager
+def named_loss_of_a_process(fabric: Fabric) -> Iterator[None]:
+    """Around work of several processes: where one of them died, the others say so.
+
+    What died has said why itself, if it could; here nothing but a broken connection is seen.
+
+    Raises:
+        FitError: the connection to another process broke.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if fabric.world_size == 1 or not broken:
+            raise
+        raise FitError(
+            "processes",
+            f"process {fabric.global_rank} of {fabric.world_size} lost another one: it has ended or failed.",
+            "Its own message says why; without one it was killed, perhaps for want of memory. What is "
+            "done is kept: --resume goes on, with any number of processes.",
+        ) from error
+
+
+def check_same_start(fabric: Fabric, done: int) -> None:
+    """Raise FitError where processes would begin at different epochs.
+
+    Args:
+        done: epochs that this process found in its checkpoint.
+    """
+    if fabric.world_size == 1:
+        return
+    total = fabric.all_reduce(torch.tensor(done, device=fabric.device), reduce_op="sum")
+    if int(total) != done * fabric.world_size:  # type: ignore[arg-type]
+        raise FitError(
+            "resume",
+            f"process {fabric.global_rank} found a checkpoint of {done} epochs, other processes of others.",
+            "The output folder must lie on a disk that all machines share.",
+        )
 
 
 def _leave_processes() -> None:

@@ -15,7 +15,7 @@ from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, count_examples, on_device
 from vbdcompress.data.loaders import check_repeatable
-from vbdcompress.devices import start_fabric
+from vbdcompress.devices import check_same_start, named_loss_of_a_process, start_fabric
 from vbdcompress.distillation import teach
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
@@ -68,8 +68,8 @@ def fit(
             it had not been.
         listener: told of steps and epochs.
     Raises:
-        FitError: the loss turned NaN or infinite, a checkpoint is of another fit, or torch.compile
-            was asked for and fails.
+        FitError: the loss turned NaN or infinite, a checkpoint is of another fit, torch.compile was
+            asked for and fails, or one of several processes died.
         DataError: the loader is empty, or gives its batches only once.
     """
     config = config or FitConfig()
@@ -77,7 +77,7 @@ def fit(
     for batches in (loader, validation):
         check_repeatable(batches)
     forked = torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else [])
-    with forked, compiled_code(config):
+    with forked, compiled_code(config), named_loss_of_a_process(fabric):
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         loss, placed, absent = teach(teacher, loss, placed, config, fabric)
@@ -94,6 +94,7 @@ def fit(
         )
         state = FitState(fabric, config, elbo, optimizer, checkpoint)
         rows = state.restore()
+        check_same_start(fabric, len(rows))
         if listener is not None:
             listener.on_start(_title(model, len(rows), keep_zeros), config.epochs)
         for epoch in range(len(rows), config.epochs):
