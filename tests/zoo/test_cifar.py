@@ -238,6 +238,9 @@ def test_pack_and_unpack_give_the_same_files(script: Any, tmp_path: Path, monkey
     carry.unpack(tmp_path / "back", tmp_path / "again")
     files = [path.name for path in (tmp_path / "again").rglob("*") if path.is_file()]
     assert sorted(files) == [".carried.json", "vd-0.json"]
+    list(carry.pack(tmp_path / "there", tmp_path / "next", everything=True))
+    carry.unpack(tmp_path / "next", tmp_path / "third")
+    assert (tmp_path / "third/zoo/net.pt").read_bytes() == made["zoo/net.pt"]
 
 
 def test_pack_tells_what_does_not_fit(script: Any, tmp_path: Path) -> None:

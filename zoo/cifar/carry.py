@@ -44,9 +44,12 @@ def main() -> None:
 @click.argument("work", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--limit", default=LIMIT, show_default=True, help="Bytes in all.")
-def pack_command(work: Path, out: Path, limit: int) -> None:
-    """Write WORK to parts in OUT."""
-    for line in pack(work, out, limit):
+@click.option(
+    "--all", "everything", is_flag=True, help="Also what was unpacked here and has not changed since."
+)
+def pack_command(work: Path, out: Path, limit: int, everything: bool) -> None:
+    """Write WORK to parts in OUT; --all for a machine that has nothing yet."""
+    for line in pack(work, out, limit, everything=everything):
         click.echo(line)
 
 
@@ -75,13 +78,14 @@ def install_command(work: Path) -> None:
             shutil.copytree(run, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".state"))
 
 
-def pack(work: Path, out: Path, limit: int = LIMIT) -> Iterator[str]:
+def pack(work: Path, out: Path, limit: int = LIMIT, *, everything: bool = False) -> Iterator[str]:
     """Write what is new in `work` to parts in `out`; tells what did not fit.
 
     Args:
         limit: bytes of all parts together.
+        everything: not only what is new since it was unpacked here.
     """
-    known = _carried(work)
+    known = {} if everything else _carried(work)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in _files(work):
