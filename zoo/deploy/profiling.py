@@ -82,7 +82,7 @@ def _convolutions(proto: onnx.ModelProto, events: list[dict[str, Any]]) -> tuple
 
 
 def compare_layers(original: Profile, cut: Profile) -> list[dict[str, Any]]:
-    """Convolutions of one shape in the original together: how many, milliseconds and MACs before and after."""
+    """Convolutions of one shape in the original together: how many, time and MACs before and after."""
     together: dict[str, list[tuple[Convolution, Convolution]]] = defaultdict(list)
     for pair in zip(original.convolutions, cut.convolutions, strict=True):
         together[pair[0].shape].append(pair)
