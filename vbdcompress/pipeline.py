@@ -142,17 +142,7 @@ def _run_stages(
     started = time.perf_counter()
     original = copy.deepcopy(model).cpu().eval()
     samples = to_device(first(first_inputs(sources.train), SAMPLES), torch.device("cpu"))
-    check_model(original, first(samples, 2))
-    if config.embed_preprocessing and not (sources.input.mean and isinstance(samples, torch.Tensor)):
-        raise ConfigError(
-            "embed_preprocessing",
-            "nobody says by which mean and std the inputs are normalised.",
-            "input=InputSpec(shape, mean, std)",
-        )
-    if config.int8 and len(_outputs(original, samples)) != 1:
-        raise ConfigError("int8", "is for networks with one output.")
-    if judge.loss is cross_entropy:
-        check_labels(original, first(samples, 2), sources)
+    _check(original, samples, sources, config, judge)
     if fabric.is_global_zero:
         record = sources.record
         workplace.claim(
@@ -192,6 +182,21 @@ def _run_stages(
         scratch, tuple(stage.plan for stage in done), samples, origin, sources, config, judge.metric, rounding
     )
     return Result(current, content, original, done[-1].sigma, files, fabric.is_global_zero)
+
+
+def _check(model: nn.Module, samples: Inputs, sources: Sources, config: RunConfig, judge: Judge) -> None:
+    """Raise what would end the run after its fit: here it costs the user nothing yet."""
+    check_model(model, first(samples, 2))
+    if config.embed_preprocessing and not (sources.input.mean and isinstance(samples, torch.Tensor)):
+        raise ConfigError(
+            "embed_preprocessing",
+            "nobody says by which mean and std the inputs are normalised.",
+            "input=InputSpec(shape, mean, std)",
+        )
+    if config.int8 and len(_outputs(model, samples)) != 1:
+        raise ConfigError("int8", "is for networks with one output.")
+    if judge.loss is cross_entropy:
+        check_labels(model, first(samples, 2), sources)
 
 
 def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:

@@ -113,7 +113,7 @@ class StageRunner:
         baseline: float,
     ) -> StageResult:
         """Convert, fit, choose and slim once."""
-        config, sources = self.config.rounds[number], self.sources
+        config = self.config.rounds[number]
         mode = config.mode
         assert mode != "both"  # a round is of one kind
         converted = convert(
@@ -125,22 +125,10 @@ class StageRunner:
             log_sigma2=config.log_sigma2,
             cost=config.cost,
         )
-        fitted = fit(
-            converted.model,
-            sources.train,
-            config,
-            validation=sources.validation,
-            loss=self.judge.loss,
-            metric=self.judge.metric,
-            threshold=_log_threshold(config),
-            teacher=self.teacher,
-            num_data=sources.record.train,
-            checkpoint=self.workplace.checkpoint(f"{number + 1}-{mode}"),
-            listener=self.workplace.listener,
-        )
+        epochs = self._fit(converted.model, config, f"{number + 1}-{mode}", threshold=_log_threshold(config))
         curve = measure_curve(
             converted,
-            lambda candidate: self.error(candidate, sources.validation),
+            lambda candidate: self.error(candidate, self.sources.validation),
             prepare=self.prepare,
             graph_bytes=self.original.bytes - FLOAT_BYTES * self.original.parameters,
             asked=_log_threshold(config),
@@ -154,7 +142,7 @@ class StageRunner:
             default_beta(converted.model) if config.beta is None else config.beta,
             converted.table,
             slimmed.groups,
-            fitted.epochs,
+            epochs,
             curve,
             selection,
             log_alpha_histogram(converted.model),
@@ -162,6 +150,23 @@ class StageRunner:
             self._distillation(),
         )
         return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
+
+    def _fit(self, model: nn.Module, config: RunConfig, step: str, **options: Any) -> tuple[EpochRow, ...]:
+        """Fit a network, in place, on the run's data and teacher; `step` names its checkpoint."""
+        fitted = fit(
+            model,
+            self.sources.train,
+            config,
+            validation=self.sources.validation,
+            loss=self.judge.loss,
+            metric=self.judge.metric,
+            teacher=self.teacher,
+            num_data=self.sources.record.train,
+            checkpoint=self.workplace.checkpoint(step),
+            listener=self.workplace.listener,
+            **options,
+        )
+        return fitted.epochs
 
     def _distillation(self) -> dict[str, float] | None:
         if self.teacher is None:
@@ -215,20 +220,7 @@ class StageRunner:
                 "schedule": "linear",
             }
         )
-        fitted = fit(
-            model,
-            self.sources.train,
-            config,
-            validation=self.sources.validation,
-            loss=self.judge.loss,
-            metric=self.judge.metric,
-            teacher=self.teacher,
-            num_data=self.sources.record.train,
-            keep_zeros=True,
-            checkpoint=self.workplace.checkpoint("finetune"),
-            listener=self.workplace.listener,
-        )
-        return fitted.epochs
+        return self._fit(model, config, "finetune", keep_zeros=True)
 
     def round(self, model: nn.Module, sigma: dict[str, Tensor], baseline: float) -> Rounding | None:
         """Round the slim network's weights, in place, as the options ask; None where they do not."""
@@ -255,4 +247,4 @@ class StageRunner:
 
 def _log_threshold(config: RunConfig) -> float:
     """Threshold for the epoch log's error and sparsity, while a budget has not chosen yet."""
-    return DEFAULT_THRESHOLD[config.mode] if config.threshold is None else config.threshold
+    return DEFAULT_THRESHOLD if config.threshold is None else config.threshold

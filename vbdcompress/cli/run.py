@@ -22,6 +22,7 @@ from vbdcompress.records import InputSpec
 if TYPE_CHECKING:
     from vbdcompress.data import DataSet
     from vbdcompress.loading import Loaded
+    from vbdcompress.sources import Sources
 
 STATE = ".state"
 TRACKING = "tracking"
@@ -144,7 +145,31 @@ class _Reading:
             image_size=self.image_size,
         )
 
-    def notes(self, loaded: "Loaded", data: "DataSet") -> tuple[str, ...]:
+    def sources(self, loaded: "Loaded", data: "DataSet", config: RunConfig) -> "Sources":
+        """The data as the pipeline takes them, with what the report says of them."""
+        from vbdcompress.reporting.build import DataRecord
+        from vbdcompress.sources import Sources
+
+        record = DataRecord(
+            Path(data.name).name if Path(data.name).exists() else data.name,
+            data.classes,
+            len(data.train),
+            len(data.validation),
+            None if data.test is None else len(data.test),
+            True if self.validation or loaded.validation else None,
+            None if self.validation else self.split(loaded, config),
+        )
+        batch_size = config.examples_a_step(len(data.train))
+        return Sources(
+            data.train_batches(batch_size, config.seed, config.augment, config.augment_pixels),
+            data.validation_batches(),
+            data.test_batches(),
+            record,
+            data.input,
+            self._notes(loaded, data),
+        )
+
+    def _notes(self, loaded: "Loaded", data: "DataSet") -> tuple[str, ...]:
         """What the user must know of how the data were read."""
         if self.normalisation or loaded.input:
             return ()
@@ -161,9 +186,7 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
     from vbdcompress.devices import start_fabric
     from vbdcompress.pipeline import run_stages
     from vbdcompress.progress import FitProgress
-    from vbdcompress.reporting.build import DataRecord
     from vbdcompress.reporting.terminal import print_summary
-    from vbdcompress.sources import Sources
     from vbdcompress.stages import Judge, Origin
     from vbdcompress.tracking import Listeners, open_tracker
     from vbdcompress.workplace import Workplace
@@ -176,26 +199,7 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
         if not ways.resume and (out / STATE).is_dir():
             shutil.rmtree(out / STATE)
         (out / STATE).mkdir(parents=True, exist_ok=True)
-    held_out = True if reading.validation or loaded.validation else None
-    record = DataRecord(
-        Path(data.name).name if Path(data.name).exists() else data.name,
-        data.classes,
-        len(data.train),
-        len(data.validation),
-        None if data.test is None else len(data.test),
-        held_out,
-        None if reading.validation else reading.split(loaded, config),
-    )
-    sources = Sources(
-        data.train_batches(
-            config.examples_a_step(len(data.train)), config.seed, config.augment, config.augment_pixels
-        ),
-        data.validation_batches(),
-        data.test_batches(),
-        record,
-        data.input,
-        reading.notes(loaded, data),
-    )
+    sources = reading.sources(loaded, data, config)
     origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}))
     console = Console(quiet=not main)
     _print_start(console, file, loaded, sources, config)
