@@ -33,7 +33,7 @@ CURVE = tuple(
         (Budget(limits={"bytes": 500, "macs": 850}), 0.0),
         (Budget(max_error_increase=9.0, limits={"nonzeros": 500}), -1.0),
         (Budget(threshold=2.5), 2.5),
-        (Budget(), 1.0),
+        (Budget(), 0.0),
     ],
 )
 def test_select_threshold_keeps_the_budget(budget, expected):

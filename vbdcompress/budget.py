@@ -40,7 +40,7 @@ def select_threshold(
 
     Within all size limits: with an error budget, the smallest network that keeps it; without,
     the one with the lowest validation error (of equals the largest). With neither, the threshold
-    asked for, or the mode's.
+    asked for, or the default.
 
     Args:
         curve: from `measure_curve`.
@@ -50,8 +50,8 @@ def select_threshold(
     """
     limits, increase = dict(budget.limits), budget.max_error_increase
     if not limits and increase is None:
-        chosen = DEFAULT_THRESHOLD[mode] if budget.threshold is None else budget.threshold
-        where = "asked for" if budget.threshold is not None else f"the default in {mode} mode"
+        chosen = DEFAULT_THRESHOLD if budget.threshold is None else budget.threshold
+        where = "asked for" if budget.threshold is not None else "the default"
         return Selection("threshold", chosen, baseline_error, {}, f"log_alpha >= {chosen:g}, {where}")
     fitting = [p for p in curve if all(getattr(p.size, key) <= bound for key, bound in limits.items())]
     if not fitting:

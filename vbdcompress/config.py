@@ -132,7 +132,7 @@ class RunConfig(FitConfig):
     )
     threshold: float | None = Field(
         None,
-        description="Remove where log_alpha >= this; without it the mode's default, or a budget chooses.",
+        description="Remove where log_alpha >= this; without it 0, or a budget chooses.",
     )
     max_error_increase: float | None = Field(
         None, ge=0, description="Budget: points of validation error above the original's."
