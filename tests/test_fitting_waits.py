@@ -84,9 +84,10 @@ def test_fit_does_not_synchronise_with_a_gpu(mode: str) -> None:
     model, teacher = prepare(mode)
     config = FitConfig(device="cuda", epochs=2, clip_norm=1.0, precision="bf16-mixed")
     try:
-        fit(model, make_batches(), config, teacher=teacher, listener=Watch())
+        fitted = fit(model, make_batches(), config, teacher=teacher, listener=Watch())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(fitted.epochs) == 2
 
 
 def test_on_device_moves_sets_in_memory_only(small_batches: TensorBatches) -> None:

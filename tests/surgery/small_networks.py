@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import densenet, vgg
 
 from vbdcompress.conversion import convert
 from vbdcompress.slimming import slim
@@ -78,3 +79,17 @@ def assert_groups(model: nn.Module, expected: Groups) -> None:
             assert (groups[layer].size, groups[layer].whole_because) == (told, None)
         else:
             assert told in (groups[layer].whole_because or "")
+
+
+def small_vgg() -> nn.Module:
+    """torchvision's VGG with batch norm, narrow: its classifier reads a flattened map of 7x7."""
+    widths = [16, "M", 32, "M", 48, 48, "M", 64, 64, "M", 64, "M"]
+    model = vgg.VGG(vgg.make_layers(widths, batch_norm=True), num_classes=10, init_weights=False)
+    hidden = (nn.Linear(64 * 49, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 32), nn.ReLU())
+    model.classifier = nn.Sequential(*hidden, nn.Linear(32, 10))
+    return model
+
+
+def small_densenet() -> nn.Module:
+    """torchvision's DenseNet, narrow and shallow: each layer reads all that came before it in its block."""
+    return densenet.DenseNet(8, (3, 4, 3), 16, num_classes=10)

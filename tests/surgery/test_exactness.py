@@ -7,6 +7,7 @@ the weights, and no code of the cut takes part in computing its output.
 import pytest
 import torch
 import torchvision
+from small_networks import small_densenet, small_vgg
 from torch import nn
 
 from vbdcompress.architectures import build_architecture
@@ -17,19 +18,13 @@ from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 THRESHOLD = 3.0
 
 
-def small_vgg() -> nn.Module:
-    model = torchvision.models.vgg11_bn()
-    model.classifier = nn.Sequential(nn.Linear(512 * 49, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 10))
-    return model
-
-
 FAMILIES = {
     "lenet_300_100": (lambda: build_architecture("lenet_300_100"), (1, 28, 28)),
     "lenet5": (lambda: build_architecture("lenet5"), (1, 28, 28)),
     "digits": (lambda: build_architecture("digits"), (1, 8, 8)),
-    "vgg11_bn": (small_vgg, (3, 32, 32)),
+    "vgg": (small_vgg, (3, 32, 32)),
     "resnet18": (torchvision.models.resnet18, (3, 32, 32)),
-    "densenet121": (torchvision.models.densenet121, (3, 32, 32)),
+    "densenet": (small_densenet, (3, 32, 32)),
     "mobilenet_v2": (torchvision.models.mobilenet_v2, (3, 32, 32)),
 }
 

@@ -1,6 +1,5 @@
 """The scripts under zoo/cifar: a slice of the work is cut off, carried elsewhere, and goes on to the end."""
 
-import importlib
 import json
 import os
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,9 @@ from click.testing import CliRunner
 
 import vbdcompress
 from vbdcompress.architectures import build_architecture
-from vbdcompress.checkpoints import FitCheckpoint
-from vbdcompress.config import FitConfig, make_config, read_toml
+from vbdcompress.config import make_config, read_toml
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, load_data
-from vbdcompress.fitting import fit
 from vbdcompress.loading import Loaded, load, save_checkpoint
 
 ZOO = Path(__file__).parents[2] / "zoo"
@@ -44,17 +40,6 @@ lr_gates = 0.3
 finetune_epochs = 1
 augment = "crop-flip"
 """
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    """Import a script of zoo/cifar by name."""
-    monkeypatch.syspath_prepend(str(ZOO / "cifar"))
-
-    def read(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return read
 
 
 @pytest.fixture
@@ -169,28 +154,6 @@ def test_a_finished_run_becomes_a_result(script: Any, tmp_path: Path) -> None:
     )
 
 
-def test_install_puts_what_is_finished_into_the_zoo(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    carry, work, root = script("carry"), tmp_path / "work", tmp_path / "root"
-    made = {
-        "zoo/vgg_cifar.pt": "zoo/vgg_cifar.pt",
-        "results/vgg_cifar_channels/vd-0.json": "zoo/cifar/results/vgg_cifar_channels/vd-0.json",
-        "results/step_cost_cuda.json": "zoo/benchmarks/step_cost_cuda.json",
-        "runs/vgg_cifar_channels-vbd-0/model.onnx": "exports/vgg_cifar_channels/model.onnx",
-        "runs/vgg_cifar_channels-vbd-1/model.onnx": None,
-        "runs/resnet20_channels-vbd-0/.state/run.json": None,
-    }
-    for name in made:
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_text(name)
-    (root / "zoo" / "benchmarks").mkdir(parents=True)
-    for name, place in {"ROOT": root, "ZOO": root / "zoo", "RESULTS": root / "zoo/cifar/results"}.items():
-        monkeypatch.setattr(carry, name, place)
-    done = CliRunner().invoke(carry.main, ["install", str(work)])
-    assert done.exit_code == 0, done.output
-    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    assert files == sorted(target for target in made.values() if target)
-
-
 def test_slice_says_what_is_to_do(tmp_path: Path) -> None:
     running = start("--list", "--work", tmp_path / "work", "--out", tmp_path / "out")
     output = running.communicate(timeout=60)[0]
@@ -199,56 +162,6 @@ def test_slice_says_what_is_to_do(tmp_path: Path) -> None:
     assert "vgg_cifar_channels-vbd-0: to do" in lines
     assert lines.index("resnet20_channels-vbd-0: to do") < lines.index("step-cost: to do")
     assert lines.index("step-cost: to do") < lines.index("vgg_cifar_channels-magnitude-0: to do")
-
-
-def test_pack_and_unpack_give_the_same_files(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    carry = script("carry")
-    monkeypatch.setattr(carry, "PART", 100_000)
-    monkeypatch.setattr(carry, "EXACT", 50_000)
-    work = tmp_path / "work"
-    made = {
-        "results/row/vbd-0.json": b"{}",
-        "runs/row-vbd-0/model.onnx": os.urandom(150_000),
-        "runs/row-vd-0/.state/run.json": b"{1}",
-        "zoo/net.pt": os.urandom(80_000),
-        "inductor/code.py": b"no",
-    }
-    for name, content in made.items():
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_bytes(content)
-    weight, statistics = torch.randn(200, 200), torch.randn(20)
-    state = {
-        "model": {"w": weight, "b": statistics},
-        "optimizer": {"state": {0: weight}, "param_groups": [1]},
-    }
-    torch.save(state, work / "runs/row-vd-0/.state/fit.ckpt")
-    assert list(carry.pack(work, tmp_path / "out")) == []
-    assert all(part.stat().st_size <= 100_000 for part in (tmp_path / "out").iterdir())
-    carry.unpack(tmp_path / "out", tmp_path / "there")
-    for name, content in made.items():
-        path = tmp_path / "there" / name
-        assert path.read_bytes() == content if not name.startswith("inductor") else not path.exists()
-    found = torch.load(tmp_path / "there/runs/row-vd-0/.state/fit.ckpt", weights_only=True)
-    assert torch.equal(found["model"]["w"], weight.bfloat16())
-    assert torch.equal(found["model"]["b"], statistics)
-    assert found["optimizer"] == {"state": {}, "param_groups": [1]}
-    # what came that way, and is as it was, does not go back
-    (tmp_path / "there/results/row/vd-0.json").write_bytes(b"[]")
-    list(carry.pack(tmp_path / "there", tmp_path / "back"))
-    carry.unpack(tmp_path / "back", tmp_path / "again")
-    files = [path.name for path in (tmp_path / "again").rglob("*") if path.is_file()]
-    assert sorted(files) == [".carried.json", "vd-0.json"]
-    list(carry.pack(tmp_path / "there", tmp_path / "next", everything=True))
-    carry.unpack(tmp_path / "next", tmp_path / "third")
-    assert (tmp_path / "third/zoo/net.pt").read_bytes() == made["zoo/net.pt"]
-
-
-def test_pack_tells_what_does_not_fit(script: Any, tmp_path: Path) -> None:
-    for name in ("results/row/vbd-0.json", "zoo/net.pt"):
-        (tmp_path / "work" / name).parent.mkdir(parents=True)
-        (tmp_path / "work" / name).write_bytes(os.urandom(5000))
-    told = list(script("carry").pack(tmp_path / "work", tmp_path / "out", limit=30_000))
-    assert told == ["left behind: zoo/net.pt (5,000 bytes)"]
 
 
 def test_store_rounds_weights_and_says_the_error_of_what_it_wrote(script: Any, tmp_path: Path) -> None:
@@ -272,28 +185,6 @@ def test_store_rounds_weights_and_says_the_error_of_what_it_wrote(script: Any, t
     inputs, labels = data.test.inputs, data.test.labels
     wrong = (stored.model(inputs).argmax(1) != labels).double().mean()
     assert stored.training["test_error"] == pytest.approx(100 * float(wrong))
-
-
-def test_a_network_goes_on_from_a_rounded_state(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    carry = script("carry")
-    data = load_data("digits")
-    for optimizer in ("adam", "sgd"):
-        checkpoint = FitCheckpoint(tmp_path / f"{optimizer}.ckpt", resume=True)
-        config = FitConfig(epochs=1, device="cpu", optimizer=optimizer, lr=0.01)
-        model = build_architecture("digits")
-        fit(model, data.train_batches(100, 0), config, checkpoint=checkpoint)
-        with monkeypatch.context() as patch:
-            patch.setattr(carry, "EXACT", 0)
-            checkpoint.path.write_bytes(carry._state_bytes(checkpoint.path))
-        content = torch.load(checkpoint.path, weights_only=True)
-        content["config"]["epochs"] = 2
-        torch.save(content, checkpoint.path)
-        longer = config.model_copy(update={"epochs": 2})
-        rows = fit(
-            build_architecture("digits"), data.train_batches(100, 0), longer, checkpoint=checkpoint
-        ).epochs
-        assert len(rows) == 2
-        assert rows[1].nll < rows[0].nll
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor"])
