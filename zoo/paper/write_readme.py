@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from rows import METHOD_NAMES, METHODS, RESULTS, ROWS, ZOO, Row
 
 TEMPLATE = Path(__file__).with_name("README.md.jinja")
-BENCHMARKS = ("step_cost.json", "step_cost_cuda.json")
+BENCHMARKS = ("step_cost.json", "step_cost_cifar.json", "step_cost_cuda.json")
 CIFAR = runpy.run_path(str(ZOO / "cifar" / "cifar_rows.py"))
 
 
