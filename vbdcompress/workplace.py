@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from vbdcompress.training import Listener
 IDENTITY_FILE = "run.json"
 TRAINING = "training"
 FIRST_STEPS = ["1-channels", "1-weights", TRAINING]
-LATER_STEPS = ["2-channels", "2-weights", "finetune"]
-# Options that a run may go on with changed: they act once the first posterior is fitted
-AFTER_THE_FIT = {
-    *("threshold", "round_to", "max_error_increase", "max_params", "max_macs", "max_bytes"),
-    *("finetune_epochs", "lr_finetune", "bits", "pack", "embed_preprocessing", "int8"),
-}
+SECOND_STEPS = ["2-channels", "2-weights"]
+FINETUNE = "finetune"
+# Options that a run may go on with changed: they act once the first posterior is fitted,
+CUT = {"threshold", "round_to", "max_error_increase", "max_params", "max_macs", "max_bytes"}
+# once the last one is,
+FINETUNING = {"finetune_epochs", "lr_finetune"}
+# or once all training is done
+WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
 
 
 def identify_run(
@@ -60,7 +63,7 @@ class Workplace:
     def claim(self, identity: dict[str, Any]) -> None:
         """Note what run the checkpoints are of; with resume, refuse those of another.
 
-        Another threshold, budget or fine-tuning keeps the first fit and drops what came after it.
+        Another threshold, budget or fine-tuning keeps the fits before it and drops what came after.
 
         Raises:
             FitError: network, data or another option differ from the run that is to go on.
@@ -71,15 +74,15 @@ class Workplace:
         if self.resume and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = sorted(key for key in identity if identity[key] != before.get(key))
-            fatal = [key for key in differing if key not in AFTER_THE_FIT]
+            fatal = [key for key in differing if key not in CUT | FINETUNING | WRITING]
             if fatal:
                 changes = ", ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in fatal)
                 raise FitError(
                     "resume", f"the run in '{self.folder.parent}' is another: {changes}.", START_ANEW
                 )
-            stale = LATER_STEPS if differing else []
+            stale = _steps_after(set(differing), identity["first"])
         else:
-            stale = FIRST_STEPS + LATER_STEPS
+            stale = [*FIRST_STEPS, *SECOND_STEPS, FINETUNE]
         for step in stale:  # by name: the folder may hold checkpoints of the user's own
             (self.folder / f"{step}.ckpt").unlink(missing_ok=True)
         write_text(path, json.dumps(identity))
@@ -99,3 +102,16 @@ class Workplace:
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
                 self.folder.parent.rmdir()
+
+
+def _steps_after(changed: set[str], first: Mapping[str, Any]) -> list[str]:
+    """The steps that an option acts on, of those that may have changed.
+
+    Args:
+        first: options of the first round's own.
+    """
+    # A first round that has its own threshold, or the one of rounds of weights, is cut as before
+    of_last_cut = {"threshold"} if first["threshold"] is not None or first["mode"] == "weights" else set()
+    if changed & (CUT - of_last_cut):
+        return [*SECOND_STEPS, FINETUNE]
+    return [FINETUNE] if changed & (CUT | FINETUNING) else []

@@ -1,0 +1,61 @@
+"""Which checkpoints a resumed run keeps: those of the steps that its changed options do not act on."""
+
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.config import make_config
+from vbdcompress.errors import FitError
+from vbdcompress.workplace import Workplace, identify_run
+
+ALL = ["1-channels", "2-weights", "finetune"]
+FIRST = {"mode": "channels", "epochs": 3}
+
+
+def resume(folder, before, after):
+    """Names of the checkpoints that are left of `ALL`."""
+    model = nn.Linear(3, 2)
+
+    def identity(options):
+        config = make_config({"mode": "weights", **options})
+        return identify_run(model, ("digits", 10, 2), config, torch.zeros(1, 3))
+
+    Workplace(folder).claim(identity(before))
+    for step in ALL:
+        (folder / f"{step}.ckpt").touch()
+    Workplace(folder, resume=True).claim(identity(after))
+    return sorted(path.stem for path in folder.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("first", "changed", "kept"),
+    [
+        (FIRST, {}, ALL),
+        (FIRST, {"device": "cpu", "precision": "bf16-mixed", "compile": True}, ALL),
+        (FIRST, {"bits": "8", "pack": False, "int8": True}, ALL),
+        (FIRST, {"finetune_epochs": 3}, ALL[:2]),
+        (FIRST, {"lr_finetune": 1e-4, "bits": "4"}, ALL[:2]),
+        (FIRST, {"threshold": 2.0}, ALL[:1]),  # of the first round, too
+        (FIRST, {"round_to": 8}, ALL[:1]),
+        (FIRST | {"threshold": 1.0}, {"threshold": 2.0}, ALL[:2]),
+        (FIRST | {"threshold": 1.0}, {"max_params": "10%"}, ALL[:1]),
+        ({"mode": "weights"}, {"threshold": 2.0}, ALL[:2]),
+    ],
+)
+def test_claim_keeps_the_steps_before_the_change(tmp_path, first, changed, kept):
+    before = {"first": first}
+    assert resume(tmp_path, before, before | changed) == kept
+
+
+@pytest.mark.parametrize("changed", [{"lr": 0.5}, {"mode": "channels"}, {"first": FIRST | {"beta": 2.0}}])
+def test_claim_refuses_another_fit(tmp_path, changed):
+    with pytest.raises(FitError, match="is another"):
+        resume(tmp_path, {"first": FIRST}, {"first": FIRST} | changed)
+
+
+def test_claim_of_a_new_run_keeps_nothing(tmp_path):
+    for step in ALL:
+        (tmp_path / f"{step}.ckpt").touch()
+    (tmp_path / "mine.ckpt").touch()
+    Workplace(tmp_path).claim({"first": {}})
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["mine.ckpt"]
