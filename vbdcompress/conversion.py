@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -244,6 +244,8 @@ def _why_left(
         return "skipped as asked"
     if hasattr(nn.ModuleDict, name.rsplit(".", 1)[-1]):
         return "called by a name that torch's parametrizations keep for themselves"
+    if isinstance(module, fx.GraphModule):
+        return "of the graph itself, which torch does not copy with a parametrization"
     if id(parameter) in tied:
         others = [other for other in tied[id(parameter)] if other != name]
         return f"shared with {', '.join(others)}"

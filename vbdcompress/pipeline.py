@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.export import ExportedProgram
 
+from vbdcompress.compare import flatten_output
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import check_model, unwrap
 from vbdcompress.count import FLOAT_BYTES, measure_size
@@ -31,7 +32,6 @@ from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
 from vbdcompress.sources import Sources, check_labels, first_inputs, warnings_of
 from vbdcompress.stages import Judge, Origin, StageResult, StageRunner
-from vbdcompress.surgery.compare import flatten_output
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vbdcompress.compare import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, map_tensors
 from vbdcompress.records import CurvePoint, GroupRow
-from vbdcompress.surgery.compare import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_

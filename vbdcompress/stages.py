@@ -146,7 +146,7 @@ class StageRunner:
             curve,
             selection,
             log_alpha_histogram(converted.model),
-            config.cost,
+            config.cost if mode == "channels" else "none",
             self._distillation(),
         )
         return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)

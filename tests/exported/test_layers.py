@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn.utils.parametrizations import weight_norm
 
+from vbdcompress.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.conversion import convert
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 

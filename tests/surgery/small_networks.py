@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import densenet, vgg
 
+from vbdcompress.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.conversion import convert
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

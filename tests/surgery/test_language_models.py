@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from language_networks import HEADS, LABELS, NETWORKS, batch, built
 from torch import Tensor, nn
 
+from vbdcompress.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.conversion import convert
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import load_slim
 from vbdcompress.pipeline import compress
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 

@@ -16,13 +16,13 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.errors import ExportError
 from vbdcompress.exporting.packing import FOLDED, Storage, pack_, rebuilding_graph
 from vbdcompress.files import replacing
 from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, resize, shapes_of, tensors_of
 from vbdcompress.records import ExportCheck, PackedTensor
 from vbdcompress.rounding import Rounded
-from vbdcompress.surgery.compare import flatten_output, relative_difference
 
 # Largest |onnxruntime - torch| over the largest |torch|, float32 sums in another order
 TOLERANCE = 1e-4

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vbdcompress.compare import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
-from vbdcompress.surgery.compare import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, GroupScan, trace_groups
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take

@@ -13,6 +13,7 @@ from networks import Network, randomise_
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.count import layer_sizes, measure_size
 from vbdcompress.errors import VbdcompressError
@@ -20,7 +21,6 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.compare import flatten_output, relative_difference
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.vbd.elbo import ELBO
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
