@@ -22,15 +22,18 @@ from vbdcompress.exporting.packing import FOLDED, Storage, pack_, rebuilding_gra
 from vbdcompress.files import replacing
 from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, resize, shapes_of, tensors_of
 from vbdcompress.records import ExportCheck, PackedTensor
-from vbdcompress.rounding import Rounded
+from vbdcompress.rounding import Array, Rounded
 
 # Largest |onnxruntime - torch| over the largest |torch|, float32 sums in another order
 TOLERANCE = 1e-4
 BATCH_SIZES = (1, 7)
+_DENSE_INSTEAD = "Please report the network; --no-pack writes the dense file."
+# What the checker is known to raise
+_CHECKER_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 # What the exporter and the checker are known to raise for networks that ONNX can't express
 _EXPORT_ERRORS = (
     torch.onnx.errors.OnnxExporterError,
-    onnx.checker.ValidationError,
+    *_CHECKER_ERRORS,
     RuntimeError,
     ValueError,
     TypeError,
@@ -93,20 +96,32 @@ def _pack_and_check_(proto: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> 
     dense = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
     rows = pack_(proto, rounded)
     if rows:
-        onnx.checker.check_model(proto, full_check=True)
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+        except _CHECKER_ERRORS as error:
+            raise ExportError(
+                "export", f"the graph with packed weights is not valid: {error}", _DENSE_INSTEAD
+            ) from error
         session = open_session(rebuilding_graph(proto, rows).SerializeToString())
         for row, found in zip(rows, session.run(None, {}), strict=True):
             wanted = dense[row.name]
-            allowed = 0.0 if row.exact else FOLDED * float(np.abs(wanted).max())
-            difference = float(np.abs(np.asarray(found) - wanted).max())
+            largest = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0))
+            allowed = 0.0 if row.exact else FOLDED * largest
+            difference = _largest_difference(np.asarray(found), wanted)
             if not difference <= allowed:
                 raise ExportError(
                     "export",
                     f"weight '{row.name}' as onnxruntime rebuilds it differs from the network's by "
                     f"{difference:.2g}; the file is not kept.",
-                    "Please report it; --no-pack writes the dense file.",
+                    _DENSE_INSTEAD,
                 )
     return rows
+
+
+def _largest_difference(found: Array, wanted: Array) -> float:
+    """0 where both hold the same infinity, as a mask may, or NaN."""
+    different = ~((found == wanted) | (np.isnan(found) & np.isnan(wanted)))
+    return float(np.abs(found[different] - wanted[different]).max(initial=0.0))
 
 
 def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelProto:

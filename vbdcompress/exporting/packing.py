@@ -5,6 +5,8 @@ becomes its codes. onnxruntime folds what rebuilds them when a session is made, 
 dense one does; with its optimisations switched off it would rebuild them at every run.
 """
 
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,9 +74,10 @@ def pack_(proto: onnx.ModelProto, rounded: Mapping[str, Rounded] | None = None) 
             again by name, transposed or scaled by a folded batch norm too.
     """
     chosen = []
+    letters = _free_letters(proto.graph)
     for number, tensor in enumerate(list(proto.graph.initializer)):
         if tensor.data_type == onnx.TensorProto.FLOAT and tensor.ByteSize() >= SMALLEST:
-            found = _smallest(tensor, f"p{number}", rounded or {})
+            found = _smallest(tensor, f"{letters}{number}", rounded or {})
             if found is not None:
                 chosen.append(found)
                 proto.graph.initializer.remove(tensor)
@@ -109,6 +112,17 @@ def rebuilding_graph(proto: onnx.ModelProto, rows: Sequence[PackedTensor]) -> on
     constants = [item for item in proto.graph.initializer if item.name in wanted]
     graph = helper.make_graph(nodes, "weights", [], outputs, constants)
     return helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+
+
+def _free_letters(graph: onnx.GraphProto) -> str:
+    """What the names of new tensors and constants can begin with: as a rule p, short for the file's sake."""
+    names = {item.name for item in (*graph.input, *graph.initializer)}
+    names |= {name for node in graph.node for name in (*node.input, *node.output)}
+    return next(
+        letters
+        for letters in ("p" * count for count in itertools.count(1))
+        if not any(re.match(rf"{letters}\d", name) for name in names)
+    )
 
 
 def _smallest(tensor: onnx.TensorProto, prefix: str, rounded: Mapping[str, Rounded]) -> _Choice | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Codes:
 
 @dataclass
 class Part:
-    """Nodes and constants that rebuild one tensor."""
+    """Nodes and constants that rebuild one tensor, called by the prefix: of letters, then digits."""
 
     prefix: str
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Part:
 
     def constant(self, array: Array) -> str:
         """Its name."""
-        name = f"{self.prefix}{len(self.constants)}"
+        name = f"{self.prefix}{_letters(len(self.constants))}"
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
@@ -74,6 +75,12 @@ class Part:
         """Of the file, with the two or three that go before each part."""
         parts: list[onnx.NodeProto | onnx.TensorProto] = [*self.nodes, *self.constants]
         return sum(part.ByteSize() + 3 for part in parts)
+
+
+def _letters(number: int) -> str:
+    """a to z, then ba, bb, ...: after a prefix that ends in a digit no two names are one."""
+    above, place = divmod(number, len(ascii_lowercase))
+    return (_letters(above) if above else "") + ascii_lowercase[place]
 
 
 def _values(part: Part, codes: Codes, flat: Array) -> str:
