@@ -79,6 +79,16 @@ class ShapedAttention(SelfAttention):
         return context.transpose(1, 2).reshape(x.size(0), -1, self.dim), None
 
 
+class ScaledAttention(ShapedAttention):
+    """Its `dim` is the width that it reads: scores are scaled by it, whatever heads there are."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        shape = (x.size(0), x.size(1), self.n_heads, -1)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.dim**-0.5)
+        return context.transpose(1, 2).flatten(2), None
+
+
 class Layer(nn.Module):
     def __init__(self, fused: bool, kind: type[SelfAttention] = SelfAttention) -> None:
         super().__init__()
@@ -187,6 +197,7 @@ NETWORKS = {
     "encoder": Encoder,
     "encoder_fused": lambda: Encoder(fused=True),
     "encoder_shaped": lambda: Encoder(kind=ShapedAttention),
+    "encoder_scaled": lambda: Encoder(kind=ScaledAttention),
     "decoder": Decoder,
 }
 

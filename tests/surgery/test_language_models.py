@@ -60,7 +60,7 @@ EXPECTED: dict[str, dict[str, int | str]] = {
         "layers.0.o_proj": "mixes",
     },
 }
-EXPECTED["encoder_fused"] = EXPECTED["encoder_shaped"] = EXPECTED["encoder"]
+EXPECTED |= {f"encoder_{kind}": EXPECTED["encoder"] for kind in ("fused", "shaped", "scaled")}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -64,6 +64,12 @@ class Parameter(Member):
     dim: int = 0
 
 
+# What attention calls the number of all channels of its heads,
+HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "embed_dim", "dim")
+# and what may be the number of channels it reads, too, which stays
+READ_WIDTHS = ("embed_dim", "dim")
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
     """Channels that must be removed together, or the single features that one Linear reads.
@@ -76,6 +82,7 @@ class ChannelGroup:
         between: layers with something for each channel on the way: batch norm, depthwise convolution.
         whole_because: why no channel may go; None where they may.
         parameters: others with something for each channel on the way: a scale, a table of heads.
+        widths: names under which the writers' module may keep the number of channels of all these heads.
     """
 
     name: str
@@ -85,6 +92,7 @@ class ChannelGroup:
     between: tuple[Member, ...] = ()
     whole_because: str | None = None
     parameters: tuple[Parameter, ...] = ()
+    widths: tuple[str, ...] = HEAD_WIDTHS
 
     @property
     def is_features(self) -> bool:

@@ -29,9 +29,8 @@ from vbdcompress.surgery.weights import (
     zero_outputs_,
 )
 
-# What attention calls the number of its heads, and that of all their channels
+# What attention calls the number of its heads
 HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "embed_dim", "dim")
 # Two positions of one constant channel may differ by rounding (average pooling), in float64
 CONSTANT_TOLERANCE = 1e-12
 
@@ -273,7 +272,7 @@ def _numbers_of(owner: nn.Module, group: ChannelGroup, gone: int) -> dict[str, i
     width = len(group.readers[0].index)
     return heads | {
         name: width // group.size * (group.size - gone)
-        for name in HEAD_WIDTHS
+        for name in group.widths
         if vars(owner).get(name) == width
     }
 

@@ -14,7 +14,14 @@ from torch.nn.utils import parametrize
 from vbdcompress.compare import EXACT, as_double, flatten_output, relative_difference
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
-from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, GroupScan, trace_groups
+from vbdcompress.surgery.groups import (
+    NOT_HERE,
+    READ_WIDTHS,
+    TRACE_ERRORS,
+    ChannelGroup,
+    GroupScan,
+    trace_groups,
+)
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take
 from vbdcompress.surgery.slice import apply_plan_
@@ -66,13 +73,19 @@ def _try_scan(trial: nn.Module, inputs: Inputs, scan: GroupScan, seed: int) -> G
 
 
 def _in_parts(trial: nn.Module, inputs: Inputs, group: ChannelGroup, seed: int) -> list[ChannelGroup]:
-    """A group that failed: each part that goes alone, others in equal shares where they do, and the rest."""
+    """A group that failed: with a width of its module's kept; or each part that goes alone, others in equal
+    shares where they do, and the rest.
+    """
     reason = group.whole_because or ""
 
     def goes(part: ChannelGroup) -> bool:
         alone = GroupScan((part,))
         return bool(part.readers) and part.size > 1 and bool(_try_scan(trial, inputs, alone, seed).removable)
 
+    fewer = replace(group, whole_because=None, widths=tuple(n for n in group.widths if n not in READ_WIDTHS))
+    owners = {trial.get_submodule(member.layer.rpartition(".")[0]) for member in group.writers}
+    if any(hasattr(owner, name) for owner in owners for name in READ_WIDTHS) and goes(fewer):
+        return [fewer]
     parts = parts_of(group)
     single = [part for part in parts if goes(take(group, [part]))]
     found = [[part] for part in single]
