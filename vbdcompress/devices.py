@@ -76,9 +76,15 @@ def named_loss_of_a_process(fabric: Fabric) -> Iterator[None]:
         raise FitError(
             "processes",
             f"process {fabric.global_rank} of {fabric.world_size} lost another one: it has ended or failed.",
-            "Its own message says why; without one it was killed, perhaps for want of memory. What is "
-            "done is kept: --resume goes on, with any number of processes.",
+            "Its own message says why; without one it was killed, perhaps for want of memory. From a "
+            "checkpoint, where one is kept, --resume goes on, with any number of processes.",
         ) from error
+
+
+def wait_for_all(fabric: Fabric) -> None:
+    """Until every process is here. Raises FitError where one ended instead."""
+    with named_loss_of_a_process(fabric):
+        fabric.barrier()
 
 
 def check_same_start(fabric: Fabric, done: int) -> None:

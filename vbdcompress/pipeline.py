@@ -19,7 +19,7 @@ from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import check_model, unwrap
 from vbdcompress.count import FLOAT_BYTES, measure_size
 from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
-from vbdcompress.devices import start_fabric
+from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_error
 from vbdcompress.exported import from_exported
@@ -148,7 +148,7 @@ def _run_stages(
         workplace.claim(
             identify_run(original, (record.name, record.train, record.validation), config, samples)
         )
-    fabric.barrier()
+    wait_for_all(fabric)
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
     run = StageRunner(sources, original, config, judge, workplace, before, fabric.device)

@@ -78,7 +78,7 @@ class Workplace:
             if fatal:
                 changes = ", ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in fatal)
                 raise FitError(
-                    "resume", f"the run in '{self.folder.parent}' is another: {changes}.", START_ANEW
+                    "resume", f"the run that '{self.folder}' keeps is another: {changes}.", START_ANEW
                 )
             stale = _steps_after(set(differing), identity["first"])
         else:

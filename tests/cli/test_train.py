@@ -1,6 +1,8 @@
 """vbdcompress train: what it writes, and how it goes on."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,3 +105,27 @@ def test_train_that_fails_at_once_leaves_nothing(cli, tmp_path):
     code, _, err = cli(*TRAIN, "--lr", "1e30", "--out", tmp_path / "net.pt")
     assert (code, "not finite" in err) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+def trained_by_two(*arguments):
+    command = [sys.executable, "-m", "vbdcompress", *TRAIN, "--device", "cpu", "--devices", "2"]
+    command += [str(item) for item in arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_two_processes_train_and_leave_the_file_alone(tmp_path):
+    ended = trained_by_two("--epochs", "1", "--out", tmp_path / "net.pt")
+    assert (ended.returncode, "Written to" in ended.stdout) == (0, True), ended.stderr
+    assert [item.name for item in tmp_path.iterdir()] == ["net.pt"]
+
+
+def test_two_processes_that_may_not_go_on_say_so_without_a_traceback(cli, tmp_path, monkeypatch):
+    def stop(self, row, epochs):
+        raise FitError("test", "cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FitProgress, "on_epoch", stop)
+        cli(*TRAIN, "--out", tmp_path / "net.pt")
+    ended = trained_by_two("--lr", "0.1", "--out", tmp_path / "net.pt", "--resume")
+    told = " ".join(ended.stderr.split())
+    assert (ended.returncode, "lr was 0.05, is 0.1" in told, "Traceback" in told) == (1, True, False), told

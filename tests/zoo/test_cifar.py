@@ -95,7 +95,7 @@ def test_slice_is_cut_off_carried_and_goes_on_to_the_end(
     steps = ["train-vgg_cifar", "store-vgg_cifar", *(f"vgg_cifar_channels-{method}-0" for method in methods)]
     narrow += [part for name in steps for part in ("--only", name)]
     running = start(*narrow, "--work", here, "--out", tmp_path / "first")
-    wait_for(here / "dense" / ".state" / "vgg_cifar.pt" / "training.ckpt")
+    wait_for(here / "dense" / ".training" / "vgg_cifar.pt" / "training.ckpt")
     running.send_signal(signal.SIGTERM)
     output = running.communicate(timeout=100)[0]
     assert running.returncode == 0, output

@@ -45,6 +45,7 @@ def test_pack_and_unpack_give_the_same_files(script: Any, tmp_path: Path, monkey
         "results/row/vbd-0.json": b"{}",
         "runs/row-vbd-0/model.onnx": os.urandom(150_000),
         "runs/row-vd-0/.state/run.json": b"{1}",
+        "dense/.training/net.pt/run.json": b"{2}",
         "zoo/net.pt": os.urandom(80_000),
         "inductor/code.py": b"no",
     }

@@ -78,7 +78,7 @@ def command(
     """Train ARCH and write a checkpoint that names its architecture, data set and split.
 
     The validation split is not trained on, so that `run` can choose on it honestly. A training that was
-    cut off goes on with --resume; until it is done its state lies in .state beside the file.
+    cut off goes on with --resume; until it is done its state lies in .training beside the file.
 
     \b
     Examples:
@@ -132,7 +132,7 @@ class _Order:
 
 def _state_of(out: Path) -> Path:
     """Folder of the checkpoints until the file is written."""
-    return out.parent / ".state" / out.name
+    return out.parent / ".training" / out.name
 
 
 def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
@@ -142,9 +142,10 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     from vbdcompress.architectures import build_architecture
     from vbdcompress.conversion import check_model
     from vbdcompress.data import load_data
+    from vbdcompress.devices import start_fabric, wait_for_all
     from vbdcompress.fitting import fit
     from vbdcompress.progress import FitProgress
-    from vbdcompress.workplace import TRAINING
+    from vbdcompress.workplace import TRAINING, Workplace
 
     dataset = load_data(
         order.data, validation_fraction=config.validation_fraction, validation_seed=config.seed, **reading
@@ -152,7 +153,11 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     torch.manual_seed(config.seed)
     model = build_architecture(order.arch, order.arguments, trusted=True)
     check_model(model, dataset.train.inputs[:2])
-    workplace = _claim(order, model, dataset, config)
+    fabric = start_fabric(config)
+    workplace = Workplace(_state_of(order.out), order.resume)
+    if fabric.is_global_zero:
+        _claim(workplace, order, model, dataset, config)
+    wait_for_all(fabric)
     batch_size = config.examples_a_step(len(dataset.train))
     console = Console()
     try:
@@ -166,27 +171,25 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
                 listener=progress,
             )
     finally:
-        workplace.remove_if_empty()
+        if fabric.is_global_zero:
+            workplace.remove_if_empty()
     if result.is_main:
         found = _write(order, model.cpu().eval(), dataset, config)
         workplace.remove()
         console.print(f"Written to [bold]{order.out}[/bold]: {found}", highlight=False)
 
 
-def _claim(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunConfig") -> "Workplace":
-    from vbdcompress.devices import start_fabric
-    from vbdcompress.workplace import Workplace, identify_run
+def _claim(
+    workplace: "Workplace", order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunConfig"
+) -> None:
+    from vbdcompress.workplace import identify_run
 
-    state, fabric = _state_of(order.out), start_fabric(config)
-    workplace = Workplace(state, order.resume)
-    if fabric.is_global_zero:
-        if not order.resume and state.is_dir():
-            shutil.rmtree(state)
-        state.mkdir(parents=True, exist_ok=True)
-        data = (order.data_name, len(dataset.train), len(dataset.validation))
-        workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1]))
-    fabric.barrier()
-    return workplace
+    state = _state_of(order.out)
+    if not order.resume and state.is_dir():
+        shutil.rmtree(state)
+    state.mkdir(parents=True, exist_ok=True)
+    data = (order.data_name, len(dataset.train), len(dataset.validation))
+    workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1]))
 
 
 def _write(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunConfig") -> str:

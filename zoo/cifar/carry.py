@@ -32,7 +32,7 @@ KINDS = (
     "runs/*/*.onnx",
     "zoo/*.pt",
 )
-STATES = ("**/.state/**/*", "dense/*.pt")
+STATES = ("**/.state/**/*", "**/.training/**/*", "dense/*.pt")
 
 
 @click.group()

@@ -95,7 +95,7 @@ def _dense_steps(network: str, options: Options) -> list[Step]:
             f"train-{network}",
             (*train, *options.machine, *options.reading),
             trained if not stored.exists() else stored,
-            trained.parent / ".state" / trained.name,
+            trained.parent / ".training" / trained.name,
         ),
         Step(f"store-{network}", (*store, *options.reading), stored, needs=(trained,)),
     ]
