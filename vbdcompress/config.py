@@ -195,7 +195,7 @@ class RunConfig(FitConfig):
         0.1,
         gt=0,
         lt=1,
-        description="Of the training data, held out; a file that names its split overrides it.",
+        description="Of the training data, held out; `run` takes the split that its file names instead.",
     )
 
     def examples_a_step(self, num_data: int) -> int:

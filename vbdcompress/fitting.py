@@ -50,7 +50,7 @@ def fit(
     checkpoint: FitCheckpoint | None = None,
     listener: Listener | None = None,
 ) -> FitResult:
-    """Minimise mean NLL + beta * KL / num_data by Adam, in place.
+    """Minimise mean NLL + beta * KL / num_data by Adam, or by gradient descent as `config` says, in place.
 
     Args:
         model: a converted network (`convert(...).model`), or a plain one: then KL is 0.
