@@ -12,6 +12,8 @@ from vbdcompress.errors import ConfigError
 LETTERS = 26
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vbdcompress.exporting.bench import BenchRow
 
 
@@ -73,35 +75,43 @@ def _parse_dims(given: tuple[str, ...]) -> dict[str, int]:
 
 
 def _print(rows: "tuple[BenchRow, ...]", console: Any) -> None:
+    names = [chr(ord("A") + place) if place < LETTERS else str(place + 1) for place in range(len(rows))]
+    console.print(_table_of_sizes(names, rows))
+    console.print(_table_of_times(names, rows))
+    console.print("speed: over A's; of its MACs: that over the ratio of MACs", style="dim")
+
+
+def _empty_table(*headings: str) -> "Table":
     from rich import box
     from rich.table import Table
 
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
+    return table
+
+
+def _table_of_sizes(names: list[str], rows: "tuple[BenchRow, ...]") -> "Table":
     from vbdcompress.reporting.formatting import format_bytes, format_count, format_ms
 
-    first = rows[0]
-    sizes = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", "file", "bytes", "MACs", "load", "memory"):
-        sizes.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
-    names = [chr(ord("A") + place) if place < LETTERS else str(place + 1) for place in range(len(rows))]
+    table = _empty_table("", "file", "bytes", "MACs", "load", "memory")
     for name, row in zip(names, rows, strict=True):
-        sizes.add_row(
-            name,
-            row.file,
-            format_bytes(row.bytes),
-            format_count(row.macs),
-            format_ms(row.load_ms),
-            format_bytes(row.peak_bytes),
-        )
-    console.print(sizes)
-    times = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("threads", "batch", "file", "median", "95 %", "speed", "of its MACs"):
-        times.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
+        figures = (format_bytes(row.bytes), format_count(row.macs), format_ms(row.load_ms))
+        table.add_row(name, row.file, *figures, format_bytes(row.peak_bytes))
+    return table
+
+
+def _table_of_times(names: list[str], rows: "tuple[BenchRow, ...]") -> "Table":
+    from vbdcompress.reporting.formatting import format_ms
+
+    first = rows[0]
+    table = _empty_table("threads", "batch", "file", "median", "95 %", "speed", "of its MACs")
     for place, base in enumerate(first.timings):
         for name, row in zip(names, rows, strict=True):
             timing = row.timings[place].timing
             speed = base.timing.median_ms / timing.median_ms
             share = speed / (first.macs / row.macs) if row.macs else None
-            times.add_row(
+            table.add_row(
                 "all" if base.threads == 0 else str(base.threads),
                 str(base.batch),
                 name,
@@ -110,6 +120,5 @@ def _print(rows: "tuple[BenchRow, ...]", console: Any) -> None:
                 f"{speed:.2f}x",
                 "" if row is first or share is None else f"{share:.2f}",
             )
-        times.add_section()
-    console.print(times)
-    console.print("speed: over A's; of its MACs: that over the ratio of MACs", style="dim")
+        table.add_section()
+    return table

@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vbdcompress.cli.options import model_options, parse_arch_args
 from vbdcompress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vbdcompress.surgery.groups import ChannelGroup
 
 
 @click.command("inspect", short_help="Say what would be converted.")
@@ -57,21 +60,22 @@ def command(
         "size": asdict(measure_size(loaded.model, example)),
         "layers": [asdict(row) for row in layer_sizes(loaded.model, example)],
         "table": [asdict(row) for row in converted.table],
-        "groups": [
-            {
-                "name": group.name,
-                "size": group.size,
-                "writers": [member.layer for member in group.writers],
-                "readers": [member.layer for member in group.readers],
-                "whole_because": group.whole_because,
-            }
-            for group in converted.scan.groups
-        ],
+        "groups": [_describe_group(group) for group in converted.scan.groups],
     }
     if as_json:
         click.echo(json.dumps(content, indent=1))
     else:
         _print_tables(content)
+
+
+def _describe_group(group: "ChannelGroup") -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "size": group.size,
+        "writers": [member.layer for member in group.writers],
+        "readers": [member.layer for member in group.readers],
+        "whole_because": group.whole_because,
+    }
 
 
 def _parse_shape(text: str | None) -> tuple[int, ...] | None:

@@ -81,21 +81,7 @@ def main(
         batch = batch_size or BATCHES[name]
         bench = Bench(name, parse_arch_args(arch_args), batch, torch.device(device), precision == "bfloat16")
         times = _take_turns(bench.variants(ways), turns, torch.device(device))
-        for (variant, way), taken in times.items():
-            plain = times["plain", way]
-            rows.append(
-                {
-                    "network": name,
-                    "batch": batch,
-                    "variant": variant + way,
-                    "milliseconds": round(1000 * median(taken), 3),
-                    "ratio": round(median(a / b for a, b in zip(taken, plain, strict=True)), 2),
-                }
-            )
-            told = f"{rows[-1]['milliseconds']:9.2f} ms {rows[-1]['ratio']:5.2f}x"
-            click.echo(
-                f"{name:14} {batch:4}  {variant + way:42} {told} {batch / median(taken):9,.0f} examples/s"
-            )
+        rows += _compare(name, batch, times)
         torch.compiler.reset()
     if out is not None:
         content = {
@@ -108,6 +94,19 @@ def main(
             "rows": rows,
         }
         out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _compare(name: str, batch: int, times: dict[Variant, list[float]]) -> list[dict[str, Any]]:
+    """A row for each variant: medians, and the median of its ratios to the plain step of the same turn."""
+    rows = []
+    for (variant, way), taken in times.items():
+        milliseconds = round(1000 * median(taken), 3)
+        ratio = round(median(a / b for a, b in zip(taken, times["plain", way], strict=True)), 2)
+        row = {"network": name, "batch": batch, "variant": variant + way}
+        rows.append(row | {"milliseconds": milliseconds, "ratio": ratio})
+        told = f"{name:14} {batch:4}  {variant + way:42} {milliseconds:9.2f} ms {ratio:5.2f}x"
+        click.echo(f"{told} {batch / median(taken):9,.0f} examples/s")
+    return rows
 
 
 def _command() -> str:

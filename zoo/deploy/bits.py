@@ -17,9 +17,9 @@ import click
 import torch
 from torch import nn
 
-from vbdcompress import compress
+from vbdcompress import Result, compress
 from vbdcompress.config import make_config, read_toml
-from vbdcompress.data import load_data
+from vbdcompress.data import DataSet, load_data
 from vbdcompress.evaluation import measure_error
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage
@@ -42,7 +42,6 @@ def main(data_root: Path, work: Path, resume: bool, out: Path) -> None:
     """Fit once and measure every way to store it."""
     loaded = load(ZOO / "lenet_300_100.pt")
     assert loaded.validation is not None
-    config = make_config(read_toml(RECIPE))
     data = load_data(
         str(loaded.data),
         data_root,
@@ -50,41 +49,40 @@ def main(data_root: Path, work: Path, resume: bool, out: Path) -> None:
         validation_fraction=loaded.validation["fraction"],
         validation_seed=loaded.validation["seed"],
     )
-    batches = data.train_batches(
-        config.examples_a_step(len(data.train)), config.seed, config.augment, config.augment_pixels
-    )
-    options: dict[str, Any] = {
-        key: value for key, value in read_toml(RECIPE).items() if not key.startswith("augment")
-    }
-    result = compress(
-        loaded.model,
-        batches,
-        validation=data.validation_batches(),
-        checkpoints=work,
-        resume=resume,
-        verbose=True,
-        **options,
-    )
-    measure = partial(measure_error, batches=data.validation_batches())
-    rows = [_row("all in 32 bits", result.model, {}, measure, result.files.samples)]
-    layers = roundable(result.model)
-    sigma = {name: tensor.float().numpy() for name, tensor in result.sigma.items()}
-    for bits in (16, 8, 4):
-        codes = {name: round_weight(layer, bits) for name, layer in layers.items()}
-        rows.append(_row(f"all in {bits} bits", result.model, codes, measure, result.files.samples))
-    codes = {name: round_weight(layer, 4, sigma[name]) for name, layer in layers.items()}
-    rows.append(_row("all in 4 bits, placed by sigma", result.model, codes, measure, result.files.samples))
-    for limit in LIMITS:
-        codes = {name: choose_bits(layer, sigma[name], limit) for name, layer in layers.items()}
-        told = f"auto, up to {limit:g} sigma"
-        rows.append(_row(told, result.model, codes, measure, result.files.samples))
+    result = _fit(loaded.model, data, checkpoints=work, resume=resume)
     content = {
         "command": "python zoo/deploy/bits.py --data-root DATA",
         "network": "LeNet-300-100",
         "nonzeros": result.report["size"]["after"]["nonzeros"],
-        "rows": rows,
+        "rows": _measure(result, partial(measure_error, batches=data.validation_batches())),
     }
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _fit(model: nn.Module, data: DataSet, **options: Any) -> Result:
+    recipe = read_toml(RECIPE)
+    config = make_config(recipe)
+    batches = data.train_batches(
+        config.examples_a_step(len(data.train)), config.seed, config.augment, config.augment_pixels
+    )
+    options |= {key: value for key, value in recipe.items() if not key.startswith("augment")}
+    return compress(model, batches, validation=data.validation_batches(), verbose=True, **options)
+
+
+def _measure(result: Result, measure: Any) -> list[dict[str, Any]]:
+    model, samples = result.model, result.files.samples
+    rows = [_row("all in 32 bits", model, {}, measure, samples)]
+    layers = roundable(model)
+    sigma = {name: tensor.float().numpy() for name, tensor in result.sigma.items()}
+    for bits in (16, 8, 4):
+        codes = {name: round_weight(layer, bits) for name, layer in layers.items()}
+        rows.append(_row(f"all in {bits} bits", model, codes, measure, samples))
+    codes = {name: round_weight(layer, 4, sigma[name]) for name, layer in layers.items()}
+    rows.append(_row("all in 4 bits, placed by sigma", model, codes, measure, samples))
+    for limit in LIMITS:
+        codes = {name: choose_bits(layer, sigma[name], limit) for name, layer in layers.items()}
+        rows.append(_row(f"auto, up to {limit:g} sigma", model, codes, measure, samples))
+    return rows
 
 
 def _row(

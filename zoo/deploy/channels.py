@@ -21,7 +21,7 @@ from vbdcompress import convert, slim
 from vbdcompress.architectures import build_architecture
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
-from vbdcompress.exporting.bench import bench
+from vbdcompress.exporting.bench import BenchRow, bench
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.vbd.posterior import find_posteriors
 
@@ -63,23 +63,13 @@ def _measure(name: str, seconds: float) -> list[dict[str, Any]]:
         original, *profiles = (profile(path) for path in paths)
     rows = []
     for number, found, own in zip(ROUNDED, rest, profiles, strict=True):
-        fewer = first.macs / found.macs
-        speeds = [
-            {
-                "threads": mine.threads,
-                "batch": mine.batch,
-                "milliseconds": mine.timing.median_ms,
-                "speed": base.timing.median_ms / mine.timing.median_ms,
-            }
-            for base, mine in zip(first.timings, found.timings, strict=True)
-        ]
         rows.append(
             {
                 "network": name,
                 "round_to": number,
-                "fewer_macs": fewer,
+                "fewer_macs": first.macs / found.macs,
                 "bytes": found.bytes,
-                "speeds": speeds,
+                "speeds": _speeds(first, found),
                 "operators": own.operators,
                 "original_operators": original.operators,
                 "layers": compare_layers(original, own),
@@ -87,6 +77,18 @@ def _measure(name: str, seconds: float) -> list[dict[str, Any]]:
         )
         click.echo(json.dumps(rows[-1]))
     return rows
+
+
+def _speeds(first: BenchRow, found: BenchRow) -> list[dict[str, Any]]:
+    return [
+        {
+            "threads": mine.threads,
+            "batch": mine.batch,
+            "milliseconds": mine.timing.median_ms,
+            "speed": base.timing.median_ms / mine.timing.median_ms,
+        }
+        for base, mine in zip(first.timings, found.timings, strict=True)
+    ]
 
 
 def _threshold_for(converted: Converted, macs: float) -> float:
