@@ -2,8 +2,10 @@
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015: prune the
 smallest, train what is left, and again, ROUNDS times. The same dense network, data, batches, teacher
-and number of epochs as VBD's run. Single weights: torch.nn.utils.prune, over all layers at once.
-Channels: torch-pruning's MagnitudePruner, over all layers at once; it cannot remove inputs.
+and number of epochs as VBD's run. Single weights: torch.nn.utils.prune, over all layers at once, by
+the score of Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2021: by bare
+magnitudes whole layers go empty at such sizes. Channels: torch-pruning's MagnitudePruner, over all
+layers at once; it cannot remove inputs.
 
     python zoo/paper/magnitude.py lenet_300_100_weights --seed 0 --out RUN --data-root DATA
 """
@@ -116,9 +118,20 @@ def _prune_weights_(model: nn.Module, allowed: int) -> None:
     count = sum(module.weight.numel() for module, _ in layers)
     others = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     others -= sum(int(module.weight.count_nonzero()) for module, _ in layers)
-    prune.global_unstructured(layers, prune.L1Unstructured, amount=count - (allowed - others))
+    scores = {layer: _adapted(layer[0].weight.detach()) for layer in layers}
+    prune.global_unstructured(
+        layers, prune.L1Unstructured, importance_scores=scores, amount=count - (allowed - others)
+    )
     for module, name in layers:
         prune.remove(module, name)
+
+
+def _adapted(weight: Tensor) -> Tensor:
+    """Each weight's square over the sum of its layer's squares that are no smaller."""
+    squares, order = weight.flatten().square().sort(descending=True)
+    scores = torch.empty_like(squares)
+    scores[order] = squares / squares.cumsum(0)
+    return scores.view_as(weight)
 
 
 def _prune_channels(model: nn.Module, example: Tensor, allowed: int) -> nn.Module:
