@@ -136,8 +136,22 @@ class StageRunner:
         )
         curve, selection, slimmed = self._choose(converted, curve, number, baseline, samples)
         self.prepare(slimmed.model)
-        record = StageRecord(
-            mode,
+        record = self._record(converted, slimmed, number, epochs, curve, selection)
+        return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
+
+    def _record(
+        self,
+        converted: Converted,
+        slimmed: Slim,
+        number: int,
+        epochs: tuple[EpochRow, ...],
+        curve: tuple[CurvePoint, ...],
+        selection: Selection,
+    ) -> StageRecord:
+        config = self.config.rounds[number]
+        assert config.mode != "both"  # a round is of one kind
+        return StageRecord(
+            config.mode,
             config.prior,
             default_beta(converted.model) if config.beta is None else config.beta,
             converted.table,
@@ -146,10 +160,9 @@ class StageRunner:
             curve,
             selection,
             log_alpha_histogram(converted.model),
-            config.cost if mode == "channels" else "none",
+            config.cost if config.mode == "channels" else "none",
             self._distillation(),
         )
-        return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
 
     def _fit(self, model: nn.Module, config: RunConfig, step: str, **options: Any) -> tuple[EpochRow, ...]:
         """Fit a network, in place, on the run's data and teacher; `step` names its checkpoint."""

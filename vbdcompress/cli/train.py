@@ -136,11 +136,8 @@ def _state_of(out: Path) -> Path:
 
 
 def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
-    import torch
     from rich.console import Console
 
-    from vbdcompress.architectures import build_architecture
-    from vbdcompress.conversion import check_model
     from vbdcompress.data import load_data
     from vbdcompress.devices import start_fabric, wait_for_all
     from vbdcompress.fitting import fit
@@ -150,9 +147,7 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     dataset = load_data(
         order.data, validation_fraction=config.validation_fraction, validation_seed=config.seed, **reading
     )
-    torch.manual_seed(config.seed)
-    model = build_architecture(order.arch, order.arguments, trusted=True)
-    check_model(model, dataset.train.inputs[:2])
+    model = _build(order, dataset, config.seed)
     fabric = start_fabric(config)
     workplace = Workplace(_state_of(order.out), order.resume)
     if fabric.is_global_zero:
@@ -177,6 +172,18 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
         found = _write(order, model.cpu().eval(), dataset, config)
         workplace.remove()
         console.print(f"Written to [bold]{order.out}[/bold]: {found}", highlight=False)
+
+
+def _build(order: _Order, dataset: "DataSet", seed: int) -> "nn.Module":
+    import torch
+
+    from vbdcompress.architectures import build_architecture
+    from vbdcompress.conversion import check_model
+
+    torch.manual_seed(seed)
+    model = build_architecture(order.arch, order.arguments, trusted=True)
+    check_model(model, dataset.train.inputs[:2])
+    return model
 
 
 def _claim(
