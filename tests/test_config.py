@@ -181,7 +181,8 @@ def test_without_a_first_round_there_is_one(mode: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mode": "both", "first": {"epocs": 5}}, "first.epocs"),
+        ({"mode": "both", "first": {"epocs": 5}}, "option 'first.epocs' is unknown; did you mean 'epochs'"),
+        ({"mode": "both", "first": {"finetune_epoch": 5}}, "option 'first.finetune_epoch' is unknown$"),
         ({"mode": "both", "first": {"epochs": -5}}, "first.epochs"),
         ({"mode": "weights", "first": {"epochs": 5}}, "a first round needs a mode"),
         ({"mode": "both", "first": {"mode": "weights"}}, "can't be of weights"),
@@ -196,6 +197,21 @@ def test_bits_auto_needs_a_posterior_on_each_weight():
     with pytest.raises(ConfigError, match="bits auto asks a posterior on each weight"):
         make_config({"bits": "auto"})
     assert make_config({"bits": "auto", "mode": "both"}).packs
+
+
+def test_bits_may_be_a_number() -> None:
+    assert make_config({"bits": 8}).bits == "8"
+    with pytest.raises(ConfigError, match="option 'bits' = True"):
+        make_config({"bits": True})
+
+
+@pytest.mark.parametrize("values", [{"cost": "macs"}, {"round_to": 8}], ids=str)
+def test_options_of_channel_gates_are_refused_where_there_are_none(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"{name} acts on channel gates, mode weights has none"):
+        make_config(values | {"mode": "weights"})
+    assert make_config(values | {"mode": "both"})
+    assert make_config(values | {"mode": "weights", "first": {"mode": "channels"}})
 
 
 @pytest.mark.parametrize(

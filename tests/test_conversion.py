@@ -8,7 +8,7 @@ from torch import nn
 
 from vbdcompress.conversion import convert
 from vbdcompress.count import measure_size
-from vbdcompress.errors import ConvertError
+from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.slimming import slim
 from vbdcompress.vbd.layers import VBDConv2d, VBDLinear
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
@@ -159,11 +159,19 @@ def test_convert_gates_follow_the_device_and_dtype_of_nothing_but_the_network():
         (nn.Sequential(nn.LazyConv2d(4, 3)), torch.randn(1, 1, 8, 8), "has no weights yet"),
         (nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 7), "fails on a batch of shape"),
         (nn.Sequential(nn.ReLU()), torch.randn(2, 7), "no parameters"),
+        (nn.Linear(5, 2).double(), torch.randn(2, 5), r"float32 and torch.float64: model.float\(\)"),
+        (nn.Bilinear(5, 5, 2), torch.randn(2, 5), r"(?s)missing 1 .*compress\(model, loader\)"),
+        ("network.pt", torch.randn(2, 5), r"is a str, allowed is an nn.Module"),
     ],
 )
 def test_convert_refuses_what_it_cannot_convert(model, example, message):
     with pytest.raises(ConvertError, match=message):
         convert(model, example, "weights")
+
+
+def test_convert_refuses_a_mode_that_there_is_not():
+    with pytest.raises(ConfigError, match="mode = 'channel', allowed are 'weights' and 'channels'"):
+        convert(nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 5), "channel")
 
 
 def test_convert_refuses_nan_and_names_the_parameter():

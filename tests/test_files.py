@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,19 @@ def test_load_tensors_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match="GLOBAL"):
         load_tensors(tmp_path / "a.ckpt")
     assert not (tmp_path / "run").exists()
+
+
+def test_save_tensors_says_where_there_was_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "network.pt"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # a write beyond the limit fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"network.pt' can't be written, the disk may be full"):
+            save_tensors(path, CONTENT | {"large": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []

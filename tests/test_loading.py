@@ -116,6 +116,8 @@ def test_load_says_what_is_missing_or_damaged(tmp_path):
     path = save(tmp_path / "lenet5.pt", build_architecture("digits").state_dict())
     with pytest.raises(LoadError, match=r"does not exist.*Did you mean .*lenet5\.pt"):
         load(tmp_path / "lenet_5.pt")
+    with pytest.raises(LoadError, match=r"is a folder.*\n.*\.safetensors"):
+        load(tmp_path)
     with pytest.raises(LoadError, match="does not name its architecture"):
         load(path)
     path.write_bytes(path.read_bytes()[:2000])

@@ -80,7 +80,7 @@ def test_export_writes_files_that_a_stranger_can_use(result, data, tmp_path):
     content = result.export(tmp_path)
     assert sorted(item.name for item in tmp_path.iterdir()) == sorted(content["files"])
     told = json.loads((tmp_path / "report.json").read_text())
-    assert told == json.loads(json.dumps(content))
+    assert told == json.loads(json.dumps(content)) == json.loads(json.dumps(result.report))
     # What a stranger does: raw pixels in [0, 1], the report's mean and std, onnxruntime
     pixels = data.test.inputs.numpy() * data.input.std[0] + data.input.mean[0]
     mean, std = (np.array(told["input"][key], dtype=np.float32)[:, None, None] for key in ("mean", "std"))
@@ -138,11 +138,13 @@ def test_a_first_round_of_weights_is_cut_before_the_last(trained, data, tmp_path
         epochs=3,
         finetune_epochs=0,
         threshold=-1.0,
-        first={"mode": "weights", "epochs": 12, "beta": 20.0, "warmup_epochs": 1},
+        first={"mode": "weights", "epochs": 12, "beta": 3.0, "warmup_epochs": 1},
     )
     first, last = two.report["stages"]
     assert [len(stage["epochs"]) for stage in (first, last)] == [12, 3]
     assert [stage["selection"]["threshold"] for stage in (first, last)] == [3.0, -1.0]
+    told = [stage["selection"]["explanation"] for stage in (first, last)]
+    assert told == ["log_alpha >= 3, a first round's default", "log_alpha >= -1, asked for"]
     sizes = [sum(row["parameters"] for row in stage["table"]) for stage in (first, last)]
     assert sizes[1] < sizes[0]  # what the last round is fitted on
     two.export(tmp_path / "two")
@@ -241,6 +243,60 @@ def test_compress_refuses_unknown_options_and_bad_loaders(trained, data):
     nan = TensorDataset(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(DataError, match="NaN"):
         compress(trained.model, DataLoader(nan), validation=validation)
+
+
+def batches_of(targets, outputs=10):
+    """A network and batches of random images with these targets."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, outputs))
+    images = torch.rand(len(targets), 1, 8, 8)
+    return model, [(images[i : i + 8], targets[i : i + 8]) for i in range(0, len(targets), 8)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "outputs", "named", "message"),
+    [
+        (torch.rand(32, 1), 10, {}, r"float32 \[8, 1\], cross entropy needs classes \[batch\]"),
+        (torch.arange(32), 5, {}, "labels up to 7, the network has 5 outputs"),
+        (torch.rand(32), 1, {"loss": nn.functional.l1_loss}, r"validation: yields targets of float32 \[8\]"),
+        (torch.eye(10)[torch.arange(32) % 10], 10, {}, r"validation: yields targets of float32 \[8, 10\]"),
+    ],
+)
+def test_targets_that_the_loss_or_metric_can_t_take_are_refused_at_once(targets, outputs, named, message):
+    model, batches = batches_of(targets, outputs)
+    with pytest.raises(DataError, match=message):
+        compress(model, batches, validation=batches, epochs=1, finetune_epochs=0, **named)
+
+
+def test_an_input_that_is_not_the_loader_s_is_refused(trained, data):
+    said = vbdcompress.InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(
+        ConfigError, match=r"says examples of shape \[3, 8, 8\], the loader's are \[1, 8, 8\]"
+    ):
+        compress(trained.model, loader_of(data.train), validation=loader_of(data.validation), input=said)
+
+
+def test_probabilities_are_targets_for_cross_entropy():
+    classes = torch.arange(64) % 10
+    model, batches = batches_of(torch.eye(10)[classes] * 0.9 + 0.01)
+    validation = batches_of(classes)[1]
+    with pytest.warns(UserWarning, match="no test set"):
+        found = compress(model, batches, validation=validation, epochs=1, finetune_epochs=0)
+    assert len(found.report["stages"]) == 1
+
+
+def test_a_network_that_names_one_class_for_all_is_warned_of(trained, data):
+    with pytest.warns(UserWarning, match="one class for all of 64 training examples"):
+        compress(
+            trained.model,
+            loader_of(data.train, batch_size=128),
+            validation=loader_of(data.validation, shuffle=False),
+            test=loader_of(data.test, shuffle=False),
+            epochs=2,
+            finetune_epochs=0,
+            beta=500.0,
+            warmup_epochs=0,
+            threshold=-8.0,
+        )
 
 
 def test_public_names_are_what_they_say():

@@ -89,3 +89,15 @@ def test_unknown_and_missing_trackers_are_said(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         open_tracker("wandb", "a run", tmp_path, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tracker_that_can_t_start_is_named(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri("nowhere://here")
+    try:
+        with pytest.raises(ConfigError, match=r"'mlflow' can't start: .*nowhere"):
+            track("mlflow", tmp_path)
+    finally:
+        mlflow.set_tracking_uri(before)

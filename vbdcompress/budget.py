@@ -20,11 +20,13 @@ class Budget:
         threshold: asked for outright; then the rest is empty.
         max_error_increase: points of validation error above the original's.
         limits: largest value of a field of `Size`.
+        source: who chose the threshold.
     """
 
     threshold: float | None = None
     max_error_increase: float | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
+    source: str = "asked for"
 
 
 def make_budget(config: RunConfig, original: Size) -> Budget:
@@ -51,7 +53,7 @@ def select_threshold(
     limits, increase = dict(budget.limits), budget.max_error_increase
     if not limits and increase is None:
         chosen = DEFAULT_THRESHOLD if budget.threshold is None else budget.threshold
-        where = "asked for" if budget.threshold is not None else "the default"
+        where = budget.source if budget.threshold is not None else "the default"
         return Selection("threshold", chosen, baseline_error, {}, f"log_alpha >= {chosen:g}, {where}")
     fitting = [p for p in curve if all(getattr(p.size, key) <= bound for key, bound in limits.items())]
     if not fitting:

@@ -245,10 +245,23 @@ class RunConfig(FitConfig):
         return self
 
     @model_validator(mode="after")
+    def _channels_are_cut(self) -> Self:
+        given = {"round_to": self.round_to != 1, "cost": self.cost != "none"}
+        if self.mode == "weights" and self.first.mode != "channels" and any(given.values()):
+            names = " and ".join(name for name, value in given.items() if value)
+            raise ValueError(f"{names} acts on channel gates, mode weights has none: mode channels or both")
+        return self
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
     def _bits_have_a_posterior(self) -> Self:
         if self.bits == "auto" and self.mode == "channels":
             raise ValueError(
-                "bits auto asks a posterior on each weight: mode weights or both, or bits 16 or 8"
+                "bits auto asks a posterior on each weight: mode weights or both, or bits 16, 8 or 4"
             )
         return self
 
@@ -273,7 +286,8 @@ def _sentence(item: Any) -> str:
     within = 2 if item["loc"][:1] == ("first",) else 1  # deeper parts name an item, or a type of a union
     name = ".".join(str(part) for part in item["loc"][:within])
     if item["type"] == "extra_forbidden":
-        near = get_close_matches(name, RunConfig.model_fields, n=1)
+        known = FirstRound.model_fields if within == 2 else RunConfig.model_fields
+        near = get_close_matches(name.removeprefix("first."), known, n=1)
         return f"option '{name}' is unknown" + (f"; did you mean '{near[0]}'?" if near else "")
     message = item["msg"].removeprefix("Value error, ")
     return f"option '{name}' = {item['input']!r}: {message}" if name else message

@@ -12,10 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from vbdcompress.attention import open_attention_
-from vbdcompress.errors import ConvertError
+from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.gating import Cost, channel_costs, convert_channels_, fold_gate_
-from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, shapes_of
+from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, shapes_of, tensors_of
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan
 from vbdcompress.surgery.verify import find_groups
@@ -101,6 +101,8 @@ def convert(
         ConvertError: the network fails on the example, holds NaN, has lazy layers, or nothing in
             it can be converted.
     """
+    if mode not in LOG_SIGMA2:
+        raise ConfigError("convert", f"mode = {mode!r}, allowed are {' and '.join(map(repr, LOG_SIGMA2))}.")
     model = unwrap(model)
     check_skip(model, skip)
     called = check_model(model, example)
@@ -138,8 +140,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The network itself, without torch.compile or a wrapper for several devices around it.
 
     Raises:
-        ConvertError: it is TorchScript, whose layers can't be changed.
+        ConvertError: it is TorchScript, whose layers can't be changed, or no network at all.
     """
+    if not isinstance(model, nn.Module):
+        raise ConvertError(
+            "convert",
+            f"the network is a {type(model).__name__}, allowed is an nn.Module.",
+            "From a file: vbdcompress.load(path).model",
+        )
     while True:
         if isinstance(model, torch.jit.ScriptModule):
             raise ConvertError(
@@ -190,12 +198,22 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
         raise ConvertError(
             "convert",
             f"the network fails on a batch of shape {_shapes(example)}: {type(error).__name__}: {error}",
-            "Check the input's shape, and --data or --image-size.",
+            _advice(model, example, error),
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
     return called
+
+
+def _advice(model: nn.Module, example: Inputs, error: BaseException) -> str:
+    tensors = (*model.parameters(), *tensors_of(example))
+    kinds = sorted({str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()})
+    if len(kinds) > 1:
+        return f"Parameters and inputs are of {' and '.join(kinds)}: model.float() makes them one."
+    if isinstance(error, TypeError) and "missing" in str(error):
+        return "Several inputs go through Python, as the loader yields them: compress(model, loader)"
+    return "Check the input's shape, and --data or --image-size."
 
 
 def _is_skipped_in_part(name: str, skip: Sequence[str]) -> bool:

@@ -15,18 +15,17 @@ from vbdcompress.records import LayerSize, Size
 FLOAT_BYTES = 4
 
 
-def measure_size(model: nn.Module, example: Inputs, graph_bytes: int = 0) -> Size:
-    """Size of a plain network.
+def measure_size(model: nn.Module, example: Inputs) -> Size:
+    """Size of a plain network; its bytes are those of its parameters as float32.
 
     Args:
         example: a batch of inputs; MACs are of one example.
-        graph_bytes: what the ONNX file needs beside its numbers, for the estimate of its bytes.
     """
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
     nonzeros = sum(int(parameter.count_nonzero()) for parameter in parameters)
     macs = sum(_count_macs(model, example).values())
-    return Size(count, nonzeros, macs, FLOAT_BYTES * count + graph_bytes)
+    return Size(count, nonzeros, macs, FLOAT_BYTES * count)
 
 
 def layer_sizes(model: nn.Module, example: Inputs) -> tuple[LayerSize, ...]:

@@ -44,7 +44,10 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """torch.save of tensors and plain values, in one step."""
     with replacing(path) as partial:
-        torch.save(content, partial)
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # torch's own where the disk is full
+            raise OSError(f"'{path}' can't be written, the disk may be full: {error}") from error
 
 
 def load_tensors(path: Path) -> Any:

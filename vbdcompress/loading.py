@@ -18,6 +18,7 @@ from vbdcompress.exported import from_exported
 from vbdcompress.exporting.slim_file import load_slim, read_slim
 from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.records import InputSpec
+from vbdcompress.surgery.slice import RemovalPlan
 
 FORMAT, VERSION = "vbdcompress.checkpoint", 1
 
@@ -34,6 +35,7 @@ class Loaded:
         validation: {"fraction", "seed"} of the split that its training left out; None where the
             file does not say, so the split may have been trained on.
         training: how it was trained, as the file says it.
+        plans: of a slim file: what was removed from what the architecture builds.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Loaded:
     input: InputSpec | None = None
     validation: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
+    plans: tuple[RemovalPlan, ...] = ()
 
 
 def load(
@@ -65,13 +68,21 @@ def load(
         LoadError: the file is missing, damaged, not safe, or does not fit its architecture.
     """
     path = Path(path)
+    if path.is_dir():
+        raise LoadError(f"file '{path}'", "is a folder.", "Name the file in it: .pt, .pt2 or .safetensors")
     if not path.is_file():
         raise LoadError(f"file '{path}'", "does not exist." + _nearest_file(path))
     if path.suffix == ".safetensors":
         header, _ = read_slim(path)
         model = load_slim(path, arch=arch)
         return Loaded(
-            model, header.architecture, header.arguments, header.data, header.input, header.validation
+            model,
+            header.architecture,
+            header.arguments,
+            header.data,
+            header.input,
+            header.validation,
+            plans=header.plans,
         )
     content = _read_pt(path, unsafe_pickle)
     if isinstance(content, nn.Module):

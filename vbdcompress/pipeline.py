@@ -14,10 +14,11 @@ from rich.console import Console
 from torch import nn
 from torch.export import ExportedProgram
 
+from vbdcompress.choosing import FileSize
 from vbdcompress.compare import flatten_output
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import check_model, unwrap
-from vbdcompress.count import FLOAT_BYTES, measure_size
+from vbdcompress.count import measure_size
 from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError
@@ -30,7 +31,7 @@ from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
-from vbdcompress.sources import Sources, check_labels, first_inputs, warnings_of
+from vbdcompress.sources import Sources, check_classes, check_labels, first_batch, warnings_of
 from vbdcompress.stages import Judge, Origin, StageResult, StageRunner
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
@@ -95,7 +96,7 @@ def compress(
     if unpack is not None:
         loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
         test = None if test is None else Unpacked(test, unpack)
-    samples = first_inputs(loader)
+    samples, _ = first_batch(loader)
     record = DataRecord(
         None,
         (),
@@ -141,8 +142,9 @@ def _run_stages(
 ) -> Result:
     started = time.perf_counter()
     original = copy.deepcopy(model).cpu().eval()
-    samples = to_device(first(first_inputs(sources.train), SAMPLES), torch.device("cpu"))
-    _check(original, samples, sources, config, judge)
+    inputs, target = first_batch(sources.train)
+    samples = to_device(first(inputs, SAMPLES), torch.device("cpu"))
+    _check(original, samples, target, sources, config, judge)
     if fabric.is_global_zero:
         record = sources.record
         workplace.claim(
@@ -151,8 +153,9 @@ def _run_stages(
     wait_for_all(fabric)
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
-    run = StageRunner(sources, original, config, judge, workplace, before, fabric.device)
-    baseline = run.error(original, sources.validation)
+    sizes = FileSize(config, before, samples, sources)
+    run = StageRunner(sources, original, config, judge, workplace, before, sizes, fabric.device)
+    baseline = run.validate(original)
     current, done = original, list[StageResult]()
     for number in range(len(config.rounds)):
         done.append(run.stage(current, samples, number, baseline))
@@ -172,21 +175,40 @@ def _run_stages(
         stages=[stage.record for stage in done],
         finetune=finetuned,
         rounding=rounding,
-        warnings=warnings_of(sources),
+        warnings=[*warnings_of(sources), *_dead(original, current, samples)],
         seconds=time.perf_counter() - started,
         device=str(fabric.device),
     )
-    after = measure_size(current, first(samples, 2), before.bytes - FLOAT_BYTES * before.parameters)
-    content = report(original, current, first(samples, 2), (before, after), context)
-    files = ResultFiles(
-        scratch, tuple(stage.plan for stage in done), samples, origin, sources, config, judge.metric, rounding
-    )
+    content = report(original, current, first(samples, 2), (before, sizes.measure(current)), context)
+    plans = (*origin.plans, *(stage.plan for stage in done))
+    files = ResultFiles(scratch, plans, samples, origin, sources, config, judge.metric, rounding)
     return Result(current, content, original, done[-1].sigma, files, fabric.is_global_zero)
 
 
-def _check(model: nn.Module, samples: Inputs, sources: Sources, config: RunConfig, judge: Judge) -> None:
+def _dead(original: nn.Module, slimmed: nn.Module, samples: Inputs) -> list[str]:
+    """A warning where one class is all that is left of several."""
+    outputs = [flatten_output(call(model, samples)) for model in (original, slimmed)]
+    if any(len(output) != 1 or output[0].dim() != 2 for output in outputs):
+        return []
+    classes = [len(set(output.argmax(1).tolist())) for (output,) in outputs]
+    if classes[1] > 1 or classes[0] == 1:
+        return []
+    return [
+        f"The slim network names one class for all of {len(outputs[0][0])} training examples: too much was "
+        "removed. Allow it more parameters, or fit longer."
+    ]
+
+
+def _check(
+    model: nn.Module, samples: Inputs, target: Any, sources: Sources, config: RunConfig, judge: Judge
+) -> None:
     """Raise what would end the run after its fit: here it costs the user nothing yet."""
     check_model(model, first(samples, 2))
+    shape, found = sources.input.shape, example_shape(samples)
+    if shape and shape != found:
+        raise ConfigError(
+            "input", f"InputSpec says examples of shape {list(shape)}, the loader's are {list(found)}."
+        )
     if config.embed_preprocessing and not (sources.input.mean and isinstance(samples, torch.Tensor)):
         raise ConfigError(
             "embed_preprocessing",
@@ -196,7 +218,9 @@ def _check(model: nn.Module, samples: Inputs, sources: Sources, config: RunConfi
     if config.int8 and len(_outputs(model, samples)) != 1:
         raise ConfigError("int8", "is for networks with one output.")
     if judge.loss is cross_entropy:
-        check_labels(model, first(samples, 2), sources)
+        check_labels(model, first(samples, 2), target, sources)
+    if judge.metric is top1_error:
+        check_classes(first_batch(sources.validation)[1])
 
 
 def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vbdcompress.config import Bits
 from vbdcompress.rounding import (
+    Array,
     Rounded,
     choose_bits,
     error_over_sigma,
@@ -61,6 +62,24 @@ class Rounding:
         }
 
 
+def first_codes(model: nn.Module, bits: Bits, sigma: Mapping[str, Tensor]) -> dict[str, Rounded]:
+    """Each weight's codes before any error is measured: parameter -> codes. See `round_model_`."""
+    if bits == "32":
+        return {}
+    layers = roundable(model)
+    known = _known(layers, sigma)
+    if bits != "auto":
+        return {name: round_weight(layer, int(bits), known.get(name)) for name, layer in layers.items()}
+    return {
+        name: choose_bits(layer, known[name]) if name in known else round_weight(layer, 16)
+        for name, layer in layers.items()
+    }
+
+
+def _known(layers: Mapping[str, nn.Module], sigma: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: sigma[name].float().cpu().numpy() for name in layers if name in sigma}
+
+
 def round_model_(
     model: nn.Module,
     bits: Bits,
@@ -80,15 +99,9 @@ def round_model_(
             largest in units of sigma gets more bits; None allows ROUNDING_POINTS above the network's own.
     """
     layers = roundable(model)
-    known = {name: sigma[name].float().cpu().numpy() for name in layers if name in sigma}
+    known = _known(layers, sigma)
     before = measure(model)
-    if bits == "auto":
-        codes = {
-            name: choose_bits(layer, known[name]) if name in known else round_weight(layer, 16)
-            for name, layer in layers.items()
-        }
-    else:
-        codes = {name: round_weight(layer, int(bits), known.get(name)) for name, layer in layers.items()}
+    codes = first_codes(model, bits, sigma)
     exact = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
     over = {name: error_over_sigma(layers[name], codes[name], known[name]) for name in known}
     write_rounded_(model, codes)

@@ -88,7 +88,7 @@ class Size:
         parameters: numbers in all parameters.
         nonzeros: of these, not zero.
         macs: multiply-accumulates of one example.
-        bytes: of its float32 ONNX file: measured where the file was written, else estimated.
+        bytes: of its ONNX file: measured where the file was written, else estimated.
     """
 
     parameters: int

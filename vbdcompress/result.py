@@ -1,7 +1,5 @@
 """What a run gives: the slim network, its report, and the files that they make."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,11 @@ from torch import nn
 
 from vbdcompress.config import RunConfig
 from vbdcompress.evaluation import Metric
-from vbdcompress.exporting.export import export
+from vbdcompress.exporting.export import export, file_properties, write_onnx
 from vbdcompress.exporting.int8 import first_batches, measure_file_error, quantize_int8
 from vbdcompress.exporting.latency import measure_latency
-from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage
-from vbdcompress.exporting.preprocessing import TakesPixels, inputs_for
+from vbdcompress.exporting.preprocessing import inputs_for
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs
 from vbdcompress.precision import Rounding
@@ -38,7 +35,7 @@ class ResultFiles:
 
     Attributes:
         scratch: folder with the original's ONNX file, to compare with; gone when this object is.
-        plans: removal plans, one a stage.
+        plans: removal plans in order, from what the architecture builds to the slim network.
         samples: the first inputs of the training loader, what the files are checked on.
         origin: where the network came from.
         sources: the data.
@@ -104,7 +101,13 @@ class Result:
             storage=Storage(
                 files.config.packs,
                 {} if files.rounding is None else files.rounding.codes,
-                _metadata(self.report, spec),
+                file_properties(
+                    spec,
+                    sources.record.name,
+                    sources.record.classes,
+                    self.report["error"],
+                    self.report["error_split"],
+                ),
             ),
         )
         given = inputs_for(spec, files.samples)
@@ -116,6 +119,7 @@ class Result:
             content = content | {"int8": self._export_int8(folder, spec, given)}
             content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
         write_report(content, folder)
+        self.report.update(content)
         return content
 
     def _export_int8(self, folder: Path, spec: InputSpec, given: Inputs) -> dict[str, Any]:
@@ -124,8 +128,7 @@ class Result:
         source = folder / "model.onnx"
         if files.config.packs:  # what is rebuilt at session time is no constant to quantise
             source = files.scratch.folder / "dense.onnx"
-            served = TakesPixels(self.model, spec) if spec.embedded else self.model
-            export_onnx(served, source, given, input_name=spec.name)
+            write_onnx(self.model, source, files.samples, spec)
         batches = first_batches(sources.train, CALIBRATION_EXAMPLES)
         calibration = (inputs_for(spec, inputs) for inputs in batches)
         path = folder / INT8_FILE
@@ -143,16 +146,3 @@ class Result:
                 for row in measure_latency((folder / "model.onnx", given), (path, given))
             ],
         }
-
-
-def _metadata(content: Mapping[str, Any], spec: InputSpec) -> dict[str, str]:
-    """What a model.onnx says of itself, for who has nothing else."""
-    data = content["data"] or {}
-    told = {
-        "made_by": f"vbdcompress {content['environment']['vbdcompress']}",
-        "input": json.dumps(asdict(spec)),
-        "data": data.get("name"),
-        "classes": json.dumps(data["classes"]) if data.get("classes") else None,
-        "error": f"{content['error']:.4g} % on the {content['error_split']} set",
-    }
-    return {name: value for name, value in told.items() if value}

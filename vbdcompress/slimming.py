@@ -15,7 +15,7 @@ from vbdcompress.count import measure_size
 from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, map_tensors
-from vbdcompress.records import CurvePoint, GroupRow
+from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
@@ -211,7 +211,7 @@ def measure_curve(
     measure: Callable[[nn.Module], float],
     *,
     prepare: Callable[[nn.Module], None],
-    graph_bytes: int = 0,
+    size_of: Callable[[nn.Module], Size] | None = None,
     asked: float | None = None,
     round_to: int = 1,
 ) -> tuple[CurvePoint, ...]:
@@ -221,7 +221,7 @@ def measure_curve(
         converted: fitted.
         measure: error of a slim network on the validation set, in percent.
         prepare: what is done to a slim network before it is measured (batch norm's statistics).
-        graph_bytes: see `measure_size`.
+        size_of: a slim network's size; None: `measure_size`.
         asked: a threshold to measure beside CURVE_THRESHOLDS.
         round_to: see `slim`.
     Returns:
@@ -231,7 +231,7 @@ def measure_curve(
     chosen = set() if asked is None else {asked}
     for threshold in sorted({*CURVE_THRESHOLDS, *chosen, float("inf")}, reverse=True):
         model = slim(converted, threshold, round_to=round_to).model
-        size = measure_size(model, converted.example, graph_bytes)
+        size = measure_size(model, converted.example) if size_of is None else size_of(model)
         if points and size == points[-1].size:
             if threshold in chosen:  # the same network: called by the threshold that was asked for
                 points[-1] = replace(points[-1], threshold=threshold)

@@ -57,8 +57,8 @@ def warnings_of(sources: Sources) -> list[str]:
     return messages
 
 
-def first_inputs(loader: Iterable[Any]) -> Inputs:
-    """The inputs of the first batch. Raises DataError where there is none, or it is not (inputs, target)."""
+def first_batch(loader: Iterable[Any]) -> tuple[Inputs, Any]:
+    """The first (inputs, target). Raises DataError where there is none, or it is no such pair."""
     batch = next(iter(loader), None)
     if batch is None:
         raise DataError("loader", "is empty: it yields no batch.")
@@ -73,7 +73,11 @@ def first_inputs(loader: Iterable[Any]) -> Inputs:
     for tensor in tensors_of(inputs):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise DataError("loader", "the first batch holds NaN or infinite values.")
-    return inputs
+    return inputs, batch[1]
+
+
+def _shape_of(target: Tensor) -> str:
+    return f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)}"
 
 
 def _describe(batch: Any) -> str:
@@ -81,8 +85,18 @@ def _describe(batch: Any) -> str:
     return f"{kind}s of {len(batch)}" if isinstance(batch, tuple | list | dict) else f"{kind}s"
 
 
-def check_labels(model: nn.Module, samples: Inputs, sources: Sources) -> None:
-    """Raise DataError where a label has no logit. Only for sets in memory: others show it as they go."""
+def check_classes(target: Any) -> None:
+    """Raise DataError where the share of wrong classes can't be told of such targets."""
+    if isinstance(target, Tensor) and (target.is_floating_point() or target.dim() != 1):
+        raise DataError(
+            "validation",
+            f"yields targets of {_shape_of(target)}, the share of wrong classes needs whole numbers [batch].",
+            "Pass a metric that gives each example's error, 0 to 1: compress(..., metric=)",
+        )
+
+
+def check_labels(model: nn.Module, samples: Inputs, target: Any, sources: Sources) -> None:
+    """Raise DataError where cross entropy can't be: of `target`, or of a set that is in memory."""
     with in_eval_mode(model), torch.no_grad():
         output = call(model, samples)
     if not isinstance(output, Tensor) or output.dim() != 2:
@@ -92,14 +106,21 @@ def check_labels(model: nn.Module, samples: Inputs, sources: Sources) -> None:
             "cross entropy needs logits [batch, classes].",
             "From Python, pass your own: compress(..., loss=, metric=)",
         )
-    for part, batches in (
-        ("training", sources.train),
-        ("validation", sources.validation),
-        ("test", sources.test),
-    ):
-        if isinstance(batches, TensorBatches) and int(batches.labels.max()) >= output.shape[1]:
+    if isinstance(target, Tensor) and target.is_floating_point():
+        if target.dim() != 2 or target.shape[1] != output.shape[1]:
+            raise DataError(
+                "loader",
+                f"yields targets of {_shape_of(target)}, cross entropy needs classes [batch] (whole numbers) "
+                f"or their probabilities [batch, {output.shape[1]}].",
+                "Pass a loss of your own: compress(..., loss=, metric=)",
+            )
+        return
+    parts = {"training": sources.train, "validation": sources.validation, "test": sources.test}
+    labelled = {part: each.labels for part, each in parts.items() if isinstance(each, TensorBatches)}
+    for part, labels in ({"training": target} | labelled).items():
+        if isinstance(labels, Tensor) and labels.numel() and int(labels.max()) >= output.shape[1]:
             raise DataError(
                 f"data set '{sources.record.name}', {part} part",
-                f"has labels up to {int(batches.labels.max())}, the network has {output.shape[1]} outputs.",
+                f"has labels up to {int(labels.max())}, the network has {output.shape[1]} outputs.",
                 "Choose the data set that it was trained on: --data",
             )

@@ -1,19 +1,17 @@
 """What a run does stage by stage, between the data that it is given and the report."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.budget import Budget, make_budget, select_threshold
+from vbdcompress.budget import Budget, make_budget
+from vbdcompress.choosing import Candidates, FileSize, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
-from vbdcompress.count import FLOAT_BYTES
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
-from vbdcompress.exporting.onnx_file import export_onnx
-from vbdcompress.files import Scratch
 from vbdcompress.fitting import fit
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.optimization import default_beta
@@ -26,7 +24,6 @@ from vbdcompress.slimming import (
     measure_curve,
     posterior_sigma,
     reestimate_batch_norm_,
-    slim,
 )
 from vbdcompress.sources import Sources
 from vbdcompress.surgery.slice import RemovalPlan
@@ -35,12 +32,17 @@ from vbdcompress.workplace import Workplace
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the network came from, for the files: architecture and arguments where it has a name."""
+    """Where the network came from, for the files: architecture and arguments where it has a name.
+
+    Attributes:
+        plans: what had been removed from what the architecture builds.
+    """
 
     name: str
     source: str | None = None
     architecture: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    plans: tuple[RemovalPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class StageRunner:
         judge: loss and metric.
         workplace: where checkpoints are kept.
         original: size of the network that came in.
+        files: bytes of what is written.
         device: to train and measure on.
     """
 
@@ -89,17 +92,22 @@ class StageRunner:
         judge: Judge,
         workplace: Workplace,
         original: Size,
+        files: FileSize,
         device: torch.device,
     ) -> None:
         self.sources, self.config, self.judge = sources.on(device), config, judge
         # Outputs that a loss of the user's own reads need not be logits
         follow = judge.loss is cross_entropy if config.distill is None else config.distill > 0
         self.teacher = teacher if follow else None
-        self.workplace, self.original, self.device = workplace, original, device
+        self.workplace, self.original, self.files, self.device = workplace, original, files, device
 
     def error(self, model: nn.Module, batches: Iterable[Any]) -> float:
         """Error in percent, measured on the run's device."""
         return measure_error(model.to(self.device), batches, self.judge.metric)
+
+    def validate(self, model: nn.Module) -> float:
+        """Error on the validation set in percent."""
+        return self.error(model, self.sources.validation)
 
     def prepare(self, model: nn.Module) -> None:
         """Take batch norm's statistics anew on training data, without noise, in place."""
@@ -128,13 +136,16 @@ class StageRunner:
         epochs = self._fit(converted.model, config, f"{number + 1}-{mode}", threshold=_log_threshold(config))
         curve = measure_curve(
             converted,
-            lambda candidate: self.error(candidate, self.sources.validation),
+            self.validate,
             prepare=self.prepare,
-            graph_bytes=self.original.bytes - FLOAT_BYTES * self.original.parameters,
+            size_of=self.files.measure,
             asked=_log_threshold(config),
             round_to=config.round_to,
         )
-        curve, selection, slimmed = self._choose(converted, curve, number, baseline, samples)
+        candidates = Candidates(
+            converted, curve, self.config.round_to, self.prepare, self.validate, self.files
+        )
+        curve, selection, slimmed = choose(candidates, self._budget(number), baseline)
         self.prepare(slimmed.model)
         record = self._record(converted, slimmed, number, epochs, curve, selection)
         return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
@@ -186,41 +197,19 @@ class StageRunner:
             return None
         return {"share": self.config.distill_share, "temperature": self.config.temperature}
 
-    def _choose(
-        self, converted: Converted, curve: Sequence[CurvePoint], number: int, baseline: float, samples: Inputs
-    ) -> tuple[tuple[CurvePoint, ...], Selection, Slim]:
-        """The point that the budget asks for, where bytes are bounded with the bytes of its real file.
-
-        The curve's bytes are an estimate. Where the chosen point's file is larger than allowed, the
-        measured size takes the estimate's place and the choice is made again.
-        """
-        points = list(curve)
-        while True:
-            selection = self._select(points, converted.mode, number, baseline)
-            slimmed = slim(converted, selection.threshold, round_to=self.config.round_to)
-            bound = selection.limits.get("bytes")
-            if bound is None:
-                return tuple(points), selection, slimmed
-            scratch = Scratch()
-            check = export_onnx(slimmed.model, scratch.folder / "chosen.onnx", samples)
-            for place, point in enumerate(points):
-                if point.threshold == selection.threshold:
-                    points[place] = replace(point, size=replace(point.size, bytes=check.bytes))
-            if check.bytes <= bound:
-                return tuple(points), selection, slimmed
-
-    def _select(self, curve: Sequence[CurvePoint], mode: str, number: int, baseline: float) -> Selection:
+    def _budget(self, number: int) -> Budget:
         config, is_last = self.config.rounds[number], number + 1 == len(self.config.rounds)
         budget = make_budget(config, self.original)
         if not is_last and config.threshold is not None:
-            budget = Budget(config.threshold)
-        elif not is_last and config.has_budget:
+            asked = config.threshold in (self.config.first.threshold, self.config.threshold)
+            return Budget(config.threshold, source="asked for" if asked else "a first round's default")
+        if not is_last and config.has_budget:
             # Half of the error budget is left to the last round, which also answers for
             # parameters and bytes.
             half = None if budget.max_error_increase is None else budget.max_error_increase / 2
             macs = {key: bound for key, bound in budget.limits.items() if key == "macs"}
-            budget = Budget(None, half, macs)
-        return select_threshold(curve, budget, mode, baseline)
+            return Budget(None, half, macs)
+        return budget
 
     def finetune(self, model: nn.Module) -> tuple[EpochRow, ...]:
         """Ordinary training of the slim network, in place; weights that are 0 stay 0."""
@@ -241,17 +230,11 @@ class StageRunner:
         if config.bits == "32":
             return None
         allowed = None if points is None else baseline + points
-        return round_model_(
-            model,
-            config.bits,
-            sigma,
-            lambda candidate: self.error(candidate, self.sources.validation),
-            allowed,
-        )
+        return round_model_(model, config.bits, sigma, self.validate, allowed)
 
     def final_errors(self, original: nn.Module, slimmed: nn.Module, baseline: float) -> ErrorRecord:
         """Validation and, for the first and only time, test error of both networks."""
-        after = self.error(slimmed, self.sources.validation)
+        after = self.validate(slimmed)
         if self.sources.test is None:
             return ErrorRecord(baseline, after)
         tested = [self.error(model, self.sources.test) for model in (original, slimmed)]

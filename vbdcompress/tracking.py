@@ -155,11 +155,16 @@ def open_tracker(kind: TrackerName, name: str, folder: str | Path, options: Mapp
         folder: for files: of events (tensorboard), or kept until they are sent (wandb).
         options: of the run.
     Raises:
-        ConfigError: there is no such tracker, or its package is not installed.
+        ConfigError: there is no such tracker, its package is not installed, or it can't start.
     """
     if kind not in _TRACKERS:
         raise ConfigError("track", f"no tracker is called '{kind}'.", f"One of: {', '.join(_TRACKERS)}")
     make, module, package = _TRACKERS[kind]
     if importlib.util.find_spec(module) is None:
         raise ConfigError("track", f"'{kind}' is not installed.", f"pip install {package}")
-    return Tracker(make(name, Path(folder), options))
+    try:
+        return Tracker(make(name, Path(folder), options))
+    except Exception as error:  # each tracker has exceptions of its own: of logins, addresses, versions
+        raise ConfigError(
+            "track", f"'{kind}' can't start: {error}", "Log in, or set it up by its environment variables."
+        ) from error

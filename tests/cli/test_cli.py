@@ -44,6 +44,19 @@ def test_run_refuses_a_folder_that_is_there(cli, finished, zoo):
     assert (finished / "report.json").read_bytes() == before
 
 
+def test_run_makes_a_slim_file_smaller_still(cli, finished, zoo, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    quick = ["--epochs", "2", "--finetune-epochs", "0"]
+    cli("run", zoo / "digits.pt", "--out", first, *quick, "--threshold", "-7")
+    # A second run that removes no channel where the first did: the files need both plans
+    code, _, _ = cli("run", first / "slim.safetensors", "--out", second, *quick, "--threshold", "9")
+    assert code == 0
+    sizes = [json.loads((out / "report.json").read_text())["size"]["after"] for out in (first, second)]
+    assert sizes[0]["parameters"] == sizes[1]["parameters"] < 13_000
+    told = [json.loads(cli("evaluate", second / name, "--json")[1]) for name in ("", "slim.safetensors")]
+    assert told[0]["error"] == told[1]["error"]
+
+
 def test_run_overwrites_its_own_files_and_keeps_others(cli, finished, zoo, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
@@ -144,6 +157,8 @@ def test_zoo_lists_networks(cli, zoo):
         (["shrink"], 2, "No such command"),
         (["evaluate", "nowhere.onnx"], 2, "does not exist"),
         (["report", "."], 1, "can't be read"),
+        (["zoo", "nowhere"], 2, "'nowhere' is no folder"),
+        (["bench", "ZOO", "--seconds", "-1"], 2, "-1.0 is not in the range x>0.0"),
         (["train", "lenet6", "--data", "digits", "--out", "x.pt"], 1, "did you mean 'lenet5'"),
     ],
 )

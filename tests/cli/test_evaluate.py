@@ -17,7 +17,7 @@ def test_run_embeds_the_normalisation_and_says_what_the_file_is(cli, tmp_path, z
     properties = {item.key: item.value for item in told}
     assert json.loads(properties["classes"]) == [str(digit) for digit in range(10)]
     assert json.loads(properties["input"]) == content["input"]
-    assert f"{content['error']:.4g} %" in properties["error"]
+    assert f"{content['error']:.2f} %" in properties["error"]
     _, printed, _ = cli("evaluate", out, "--json")
     # a byte holds the 16 grey levels of these pictures to 0.2 %
     assert json.loads(printed)["error"] == pytest.approx(content["error"], abs=0.5)
@@ -29,6 +29,25 @@ def test_evaluate_prints_the_report_s_error(cli, finished, name):
     code, out, _ = cli("evaluate", finished / name, "--json")
     assert code == 0
     assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
+
+
+def test_evaluate_reads_what_an_onnx_file_says_of_itself(cli, finished, tmp_path):
+    told = json.loads((finished / "report.json").read_text())["error"]
+    alone = tmp_path / "renamed.onnx"
+    alone.write_bytes((finished / "model.onnx").read_bytes())
+    code, out, err = cli("evaluate", alone, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
+
+
+def test_evaluate_warns_where_nothing_says_how_inputs_were_normalised(cli, finished, tmp_path):
+    silent = onnx.load(finished / "model.onnx")
+    del silent.metadata_props[:]
+    onnx.save(silent, tmp_path / "silent.onnx")
+    code, _, err = cli("evaluate", tmp_path / "silent.onnx", "--data", "digits")
+    assert (code, "does not say how its inputs were normalised" in " ".join(err.split())) == (0, True)
+    asked = ["--data", "digits", "--mean", "0.3", "--std", "0.4"]
+    assert cli("evaluate", tmp_path / "silent.onnx", *asked)[2] == ""
 
 
 def test_evaluate_of_the_zoo_prints_the_error_before(cli, finished, zoo):

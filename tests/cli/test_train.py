@@ -113,6 +113,12 @@ def trained_by_two(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
+def test_train_does_not_write_over_a_folder(cli, tmp_path):
+    code, _, err = cli(*TRAIN, "--out", tmp_path, "--overwrite")
+    assert (code, "is a folder" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_processes_train_and_leave_the_file_alone(tmp_path):
     ended = trained_by_two("--epochs", "1", "--out", tmp_path / "net.pt")
     assert (ended.returncode, "Written to" in ended.stdout) == (0, True), ended.stderr

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vbdcompress import compress, load
+from vbdcompress import compress, load, load_slim
 from vbdcompress.conversion import convert
 from vbdcompress.errors import LoadError
 from vbdcompress.exported import from_exported
@@ -79,6 +79,9 @@ def test_compress_takes_a_program(tmp_path: Path) -> None:
     assert result.report["size"]["after"]["parameters"] < result.report["size"]["before"]["parameters"]
     result.export(tmp_path)
     assert (tmp_path / "model.onnx").exists()
+    again, x = load_slim(tmp_path / "slim.safetensors", program), torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(x), result.model(x))
 
 
 def test_a_fixed_batch_is_refused_with_what_to_do() -> None:

@@ -86,6 +86,10 @@ def test_bench_asks_for_what_it_can_not_know(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--dim length=SIZE"):
         bench([path], seconds=0.01)
     assert bench([path], batch_sizes=(2,), threads=(1,), dims={"length": 4}, seconds=0.01)
+    with pytest.raises(
+        ExportError, match=r"no input has a dimension 'lenght'; named are \['batch', 'length'\]"
+    ):
+        bench([path], dims={"lenght": 4}, seconds=0.01)
     with pytest.raises(ConfigError, match="NAME=SIZE"):
         CliRunner().invoke(command, [str(path), "--dim", "length"], catch_exceptions=False)
     with pytest.raises(ConfigError, match="does not exist"):

@@ -68,6 +68,8 @@ def test_load_slim_cuts_the_user_s_own_network(tmp_path):
     assert torch.equal(loaded(torch.ones(1, 6)), slimmed.model(torch.ones(1, 6)))
     with pytest.raises(LoadError, match="does not fit the network"):
         load_slim(path, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Linear(3, 3)))
+    with pytest.raises(LoadError, match="does not fit the network"):
+        load_slim(path, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)))
 
 
 def test_load_slim_does_not_build_what_a_file_names(tmp_path):

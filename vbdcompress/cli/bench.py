@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 @click.option(
     "--threads", multiple=True, type=click.IntRange(min=0), help="0 takes all cores.  [default: 1, 0]"
 )
-@click.option("--seconds", default=2.0, show_default=True, help="For each batch size and number of threads.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="For each batch size and number of threads.",
+)
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Of a dimension that has a name.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vbdcompress.cli.options import data_options, model_options, parse_arch_args, parse_normalisation
+from vbdcompress.cli.options import (
+    data_options,
+    guessed_normalisation,
+    model_options,
+    parse_arch_args,
+    parse_normalisation,
+)
 from vbdcompress.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,7 +44,7 @@ def command(
     """Print the error in percent of the network in FILE: a .pt, a slim.safetensors, or an .onnx.
 
     FILE may be a folder that `run` wrote: then its model.onnx. An ONNX file is run by onnxruntime,
-    normalised as the report.json beside it says.
+    its inputs normalised as it says, or else the report.json beside it.
 
     \b
     Example:
@@ -54,14 +60,17 @@ def command(
     if name is None:
         raise DataError("evaluate", "the file does not name its data set.", "--data NAME")
     held = network.validation or {}
+    normalisation = parse_normalisation(mean, std) or network.input
     dataset = load_data(
         name,
         data_root,
-        normalisation=parse_normalisation(mean, std) or network.input,
+        normalisation=normalisation,
         validation_fraction=float(held.get("fraction", 0.1)),
         validation_seed=int(held.get("seed", 0)),
         image_size=image_size,
     )
+    if normalisation is None:
+        click.echo(f"Warning: {guessed_normalisation(dataset.input)}", err=True)
     batches = dataset.test_batches(batch_size) if split == "test" else dataset.validation_batches(batch_size)
     if batches is None:
         raise DataError(f"data set '{name}'", "has no test part.", "--split validation")
@@ -110,12 +119,14 @@ def _open_onnx(file: Path) -> _Network:
     from vbdcompress.reporting.write import read_report
 
     session = open_session(file)
-    name, spec, split = None, None, None
-    if (file.parent / "report.json").is_file():
-        content = read_report(file.parent)
-        told = content["data"] or {}
-        name, split = told.get("name"), told.get("split")
-        spec = InputSpec.from_json(content["input"])
+    content = read_report(file.parent) if (file.parent / "report.json").is_file() else {}
+    data = content.get("data") or {}
+    # The file's own word counts: it may stand beside another file's report
+    own = session.get_modelmeta().custom_metadata_map
+    own = own if own.get("made_by", "").startswith("vbdcompress") else {}
+    name, split = own.get("data", data.get("name")), data.get("split")
+    given_input = json.loads(own["input"]) if "input" in own else content.get("input")
+    spec = None if given_input is None else InputSpec.from_json(given_input)
 
     def run(inputs: torch.Tensor) -> torch.Tensor:
         given = inputs if spec is None else inputs_for(spec, inputs)

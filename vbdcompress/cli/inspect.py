@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 @click.command("inspect", short_help="Say what would be converted.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--mode", type=click.Choice(["weights", "channels"]), default="channels", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["weights", "channels"]),
+    default="channels",
+    show_default=True,
+    help="`run --mode both` is channels, then weights of what is left.",
+)
 @click.option("--skip", multiple=True, metavar="NAME", help="Layer to leave whole, with all below it.")
 @click.option("--prune-inputs", is_flag=True, help="Also input features and flattened features.")
 @click.option("--input-shape", metavar="C,H,W", help="Shape of one input where the file does not say.")

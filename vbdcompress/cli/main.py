@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         if debug:
             raise
-        click.echo("\nInterrupted. What is done is kept; go on with --resume.", err=True)
+        click.echo("\nInterrupted. `run` and `train` keep finished epochs: --resume goes on.", err=True)
         _leave(INTERRUPTED)
     except VbdcompressError as error:
         if debug:

@@ -37,7 +37,7 @@ def _option_of(name: str) -> Callable[[Command], Command]:
     field = RunConfig.model_fields[name]
     flag = "--" + name.replace("_", "-")
     told = field.description or ""
-    if field.default not in (None, (), False):
+    if field.default not in (None, ()) and field.default is not False:  # 0 equals False
         told += f"  [default: {field.default}]"
     if field.annotation in (bool, bool | None):
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=told)
@@ -125,6 +125,16 @@ def parse_normalisation(mean: str | None, std: str | None) -> InputSpec | None:
     if len(means) != len(stds) or min(stds) <= 0:
         raise ConfigError("normalisation", "--mean and --std need as many numbers, and deviations above 0.")
     return InputSpec((), means, stds)
+
+
+def guessed_normalisation(taken: InputSpec) -> str:
+    """What a user must know where neither the file nor the command says how inputs were normalised."""
+    mean, std = ([round(value, 4) for value in values] for values in (taken.mean, taken.std))
+    return (
+        f"The file does not say how its inputs were normalised: mean {mean} and std {std}, measured on the "
+        "training images, were taken. If training used others, every error here is wrong: "
+        "give them by --mean and --std."
+    )
 
 
 def parse_arch_args(pairs: Iterable[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from vbdcompress.cli.options import (
     config_options,
     data_options,
     given_options,
+    guessed_normalisation,
     model_options,
     parse_arch_args,
     parse_normalisation,
@@ -32,7 +33,10 @@ TRACKING = "tracking"
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: exports/NAME]")
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of the options below."
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML file of the options from --prior on, with _ for -, and of a [first] round.",
 )
 @click.option("--validation", metavar="PATH", help="Folder or .npz of validation data of your own.")
 @click.option(
@@ -41,7 +45,9 @@ TRACKING = "tracking"
     help="Send curves to a tracker; tensorboard's files are in OUT/tracking.",
 )
 @click.option("--resume", is_flag=True, help="Go on from where an unfinished run stopped.")
-@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace these files in the output folder; others in it stay."
+)
 @model_options
 @data_options
 @config_options()
@@ -65,7 +71,8 @@ def command(
 ) -> None:
     """Compress the trained network in FILE and write model.onnx, slim.safetensors and reports.
 
-    FILE is a checkpoint of `vbdcompress train`, or a state_dict with --arch and --data.
+    FILE is a checkpoint of `vbdcompress train`, a slim.safetensors to make smaller still, a state_dict with
+    --arch and --data, or with --unsafe-pickle a pickled network or a .pt2 program.
 
     \b
     Examples:
@@ -173,11 +180,7 @@ class _Reading:
         """What the user must know of how the data were read."""
         if self.normalisation or loaded.input:
             return ()
-        return (
-            f"The file does not say how its inputs were normalised: mean {list(data.input.mean)} and std "
-            f"{list(data.input.std)}, measured on the training images, were taken. If training used others, "
-            "every error here is wrong: give them by --mean and --std.",
-        )
+        return (guessed_normalisation(data.input),)
 
 
 def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Ways) -> None:
@@ -200,7 +203,7 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
             shutil.rmtree(out / STATE)
         (out / STATE).mkdir(parents=True, exist_ok=True)
     sources = reading.sources(loaded, data, config)
-    origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}))
+    origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}), loaded.plans)
     console = Console(quiet=not main)
     _print_start(console, file, loaded, sources, config)
     workplace, tracker = Workplace(out / STATE, ways.resume), None

@@ -48,7 +48,10 @@ OPTIONS = (
 @click.argument("arch")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .pt file to write.")
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of the options below."
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML file of the options from --epochs on, with _ for -.",
 )
 @click.option("--resume", is_flag=True, help="Go on from where an unfinished training of this file stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
@@ -88,6 +91,8 @@ def command(
     """
     if data is None:
         raise ConfigError("train", "no data set is named.", "--data digits, mnist, a folder or .npz")
+    if out.is_dir():
+        raise ConfigError("train", f"'{out}' is a folder.", "--out names the .pt file to write")
     if out.exists() and not overwrite:
         raise ConfigError("train", f"'{out}' exists.", "--overwrite to replace it")
     if resume and not _state_of(out).is_dir():

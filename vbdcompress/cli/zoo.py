@@ -4,9 +4,13 @@ from pathlib import Path
 
 import click
 
+from vbdcompress.errors import ConfigError
+
+DEFAULT_FOLDER = Path("zoo")
+
 
 @click.command("zoo", short_help="List architectures, data sets and networks at hand.")
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("zoo"))
+@click.argument("folder", type=click.Path(path_type=Path), default=DEFAULT_FOLDER)
 def command(folder: Path) -> None:
     """List the architectures and data sets known by name, and the checkpoints in FOLDER.
 
@@ -28,6 +32,8 @@ def command(folder: Path) -> None:
     )
     console.print("[bold]Data sets[/bold]: digits, " + ", ".join(TORCHVISION_SETS), highlight=False)
     console.print("  and a folder of class folders, or an .npz of images and labels", highlight=False)
+    if folder != DEFAULT_FOLDER and not folder.is_dir():
+        raise ConfigError("zoo", f"'{folder}' is no folder.")
     files = sorted(folder.glob("*.pt"))
     if not files:
         console.print(f"No checkpoints in '{folder}'.", highlight=False)

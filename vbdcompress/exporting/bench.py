@@ -84,7 +84,8 @@ def bench(
         dims: values of named dimensions other than the first.
         seconds: for each batch size and number of threads.
     Raises:
-        ExportError: a file can't be loaded or run, or has a dimension that nobody gave.
+        ExportError: a file can't be loaded or run, or has a dimension that nobody gave, or none of a name
+            that was given.
     """
     loads: list[list[float]] = [[] for _ in files]
     for _ in range(LOADS):
@@ -95,6 +96,7 @@ def bench(
     found: list[list[BenchTiming]] = [[] for _ in files]
     for count in threads:
         sessions = [open_session(path, count) for path in files]
+        _check_dims(sessions, dims or {})
         for batch in batch_sizes:
             feeds = [make_feeds(session, batch, dims or {}) for session in sessions]
             pairs = zip(sessions, feeds, strict=True)
@@ -112,6 +114,15 @@ def bench(
         )
         for path, taken, timings in zip(files, loads, found, strict=True)
     )
+
+
+def _check_dims(sessions: Sequence[onnxruntime.InferenceSession], dims: Mapping[str, int]) -> None:
+    """Raise ExportError for a dimension that no input has."""
+    shapes = [item.shape for session in sessions for item in session.get_inputs()]
+    named = {dim for shape in shapes for dim in shape if isinstance(dim, str)}
+    for name in dims:
+        if name not in named:
+            raise ExportError("--dim", f"no input has a dimension '{name}'; named are {sorted(named)}.")
 
 
 def make_feeds(session: onnxruntime.InferenceSession, batch: int, dims: Mapping[str, int]) -> Feeds:

@@ -1,7 +1,8 @@
 """export: the files of a finished network."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage
-from vbdcompress.exporting.preprocessing import TakesPixels, to_pixels
+from vbdcompress.exporting.preprocessing import TakesPixels, inputs_for
 from vbdcompress.exporting.slim_file import SlimFile, save_slim
 from vbdcompress.inputs import Inputs, example_shape
 from vbdcompress.records import ExportCheck, InputSpec
 from vbdcompress.surgery.slice import RemovalPlan
+from vbdcompress.versions import version_of
 
 
 def export(
@@ -48,16 +50,7 @@ def export(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec = input or InputSpec(example_shape(samples))
-    served, given = model, samples
-    if spec.embedded:
-        served, given = TakesPixels(model, spec), to_pixels(samples, spec)
-    check = export_onnx(
-        served,
-        folder / "model.onnx",
-        given,
-        input_name=spec.name,
-        storage=storage,
-    )
+    check = write_onnx(model, folder / "model.onnx", samples, spec, storage)
     header = SlimFile(
         tuple(plans),
         architecture,
@@ -68,3 +61,33 @@ def export(
     )
     save_slim(folder / "slim.safetensors", model, header)
     return check
+
+
+def write_onnx(
+    model: nn.Module, path: Path, samples: Inputs, spec: InputSpec, storage: Storage | None = None
+) -> ExportCheck:
+    """`export_onnx` of a network, behind its normalisation where that is embedded.
+
+    Args:
+        samples: [n, ...] real inputs, normalised as in training.
+    """
+    served = TakesPixels(model, spec) if spec.embedded else model
+    return export_onnx(served, path, inputs_for(spec, samples), input_name=spec.name, storage=storage)
+
+
+def file_properties(
+    spec: InputSpec, data: str | None, classes: Sequence[str], error: float, split: str
+) -> dict[str, str]:
+    """What a model.onnx says of itself, for who has nothing else.
+
+    Args:
+        error: in percent, on the set that `split` names.
+    """
+    told = {
+        "made_by": f"vbdcompress {version_of('vbdcompress')}",
+        "input": json.dumps(asdict(spec)),
+        "data": data,
+        "classes": json.dumps(list(classes)) if classes else None,
+        "error": f"{error:.2f} % on the {split} set",
+    }
+    return {name: value for name, value in told.items() if value}

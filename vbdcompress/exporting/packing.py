@@ -15,8 +15,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from vbdcompress.config import Bits
 from vbdcompress.exporting.rebuilding import Codes, Part, rebuild_dense, rebuild_sparse, rebuild_together
-from vbdcompress.records import PackedTensor
+from vbdcompress.records import PackedTensor, Size
 from vbdcompress.rounding import Array, Rounded, along
 
 # A tensor below this many bytes is not worth the operators that would rebuild it
@@ -25,6 +26,20 @@ SMALLEST = 256
 LARGEST_MERGED = 1 << 20
 # Batch norm folded into codes' scale is multiplied in another order
 FOLDED = 1e-6
+
+
+# Bytes of one value; what the posterior allows may be as few as 4 bits
+WIDTHS = {"32": 4.0, "16": 2.0, "8": 1.0, "4": 0.5, "auto": 0.5}
+
+
+def estimate_bytes(size: Size, graph_bytes: int, bits: Bits) -> int:
+    """Bytes of a packed file: about as many as it will have, and rarely more.
+
+    Args:
+        graph_bytes: of the dense file's, what it needs beside its numbers.
+    """
+    width = WIDTHS[bits]
+    return graph_bytes + round(min(width * size.parameters, (width + 1) * size.nonzeros))
 
 
 @dataclass(frozen=True)

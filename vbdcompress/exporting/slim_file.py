@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from vbdcompress.architectures import build_architecture
 from vbdcompress.errors import LoadError
+from vbdcompress.exported import from_exported
 from vbdcompress.files import replacing
 from vbdcompress.records import InputSpec
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
@@ -120,13 +122,15 @@ def _unpack(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> di
     return tensors
 
 
-def load_slim(path: str | Path, model: nn.Module | None = None, *, arch: str | None = None) -> nn.Module:
+def load_slim(
+    path: str | Path, model: nn.Module | ExportedProgram | None = None, *, arch: str | None = None
+) -> nn.Module:
     """The slim network as a module that runs and trains on.
 
     Args:
         path: a slim.safetensors file.
-        model: a freshly built original network, cut in place; None builds the architecture that
-            the file names.
+        model: a freshly built original network, cut in place, or the program that was compressed;
+            None builds the architecture that the file names.
         arch: overrides the architecture in the file; may run code of its choosing.
     Raises:
         LoadError: the file is damaged, names no architecture, or does not fit the network.
@@ -137,16 +141,21 @@ def load_slim(path: str | Path, model: nn.Module | None = None, *, arch: str | N
         if name is None:
             raise LoadError(
                 f"file '{path}'",
-                "does not name its architecture: the network was compressed from Python.",
-                "Pass a freshly built original: load_slim(path, model=MyNetwork())",
+                "does not name its architecture: the network came as an object, or as a program.",
+                "Pass a freshly built original, or the program: load_slim(path, model=MyNetwork())",
             )
         model = build_architecture(name, header.arguments, trusted=arch is not None)
+    if isinstance(model, ExportedProgram):
+        model = from_exported(model)
     for plan in header.plans:
         apply_plan_(model, plan)
     state = model.state_dict()
     state.clear()  # what is left are the versions of its modules, which some ask for when they load
     state.update(tensors)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # of shapes
+        raise LoadError(f"file '{path}'", f"does not fit the network: {error}") from error
     tied = set(model.state_dict()) - set(_state(model))
     missing = [name for name in missing if name not in tied]
     if missing or unexpected:

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from vbdcompress.records import (
     Size,
 )
 from vbdcompress.vbd.posterior import find_posteriors
+from vbdcompress.versions import version_of
 
 SCHEMA, SCHEMA_VERSION = "vbdcompress.report", 1
 HISTOGRAM_EDGES = tuple(edge / 2 for edge in range(-24, 25))
@@ -195,20 +195,13 @@ def describe_environment(device: str) -> dict[str, Any]:
     """Versions and machine, without anything that names a person or a path."""
     packages = ("vbdcompress", "torch", "torchvision", "onnx", "onnxruntime", "torch-pruning")
     return {
-        **{package.replace("-", "_"): _version(package) for package in packages},
+        **{package.replace("-", "_"): version_of(package) for package in packages},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _error_table(errors: ErrorRecord) -> dict[str, Any]:
