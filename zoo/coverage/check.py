@@ -43,9 +43,10 @@ def check(network: Network, mode: Any) -> dict[str, Any]:
         converted = convert(model.double(), example.double(), mode)
         row["convert_seconds"] = round(time.perf_counter() - started, 1)
         row |= _coverage(model, converted, example.double())
+        del model  # the largest networks leave room for few copies
         row["posteriors"] = sum(p.theta.numel() for p in find_posteriors(converted.model))
-        row["step"] = _step(converted.model, example.double())
-        switch_off_(converted.model)
+        row["step"] = _step(converted.model.float(), example)
+        switch_off_(converted.model.double())
         started = time.perf_counter()
         slimmed = slim(converted, THRESHOLD)
         row["slim_seconds"] = round(time.perf_counter() - started, 1)
