@@ -245,43 +245,12 @@ def test_compress_refuses_unknown_options_and_bad_loaders(trained, data):
         compress(trained.model, DataLoader(nan), validation=validation)
 
 
-def batches_of(targets, outputs=10):
-    """A network and batches of random images with these targets."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, outputs))
-    images = torch.rand(len(targets), 1, 8, 8)
-    return model, [(images[i : i + 8], targets[i : i + 8]) for i in range(0, len(targets), 8)]
-
-
-@pytest.mark.parametrize(
-    ("targets", "outputs", "named", "message"),
-    [
-        (torch.rand(32, 1), 10, {}, r"float32 \[8, 1\], cross entropy needs classes \[batch\]"),
-        (torch.arange(32), 5, {}, "labels up to 7, the network has 5 outputs"),
-        (torch.rand(32), 1, {"loss": nn.functional.l1_loss}, r"validation: yields targets of float32 \[8\]"),
-        (torch.eye(10)[torch.arange(32) % 10], 10, {}, r"validation: yields targets of float32 \[8, 10\]"),
-    ],
-)
-def test_targets_that_the_loss_or_metric_can_t_take_are_refused_at_once(targets, outputs, named, message):
-    model, batches = batches_of(targets, outputs)
-    with pytest.raises(DataError, match=message):
-        compress(model, batches, validation=batches, epochs=1, finetune_epochs=0, **named)
-
-
 def test_an_input_that_is_not_the_loader_s_is_refused(trained, data):
     said = vbdcompress.InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(
         ConfigError, match=r"says examples of shape \[3, 8, 8\], the loader's are \[1, 8, 8\]"
     ):
         compress(trained.model, loader_of(data.train), validation=loader_of(data.validation), input=said)
-
-
-def test_probabilities_are_targets_for_cross_entropy():
-    classes = torch.arange(64) % 10
-    model, batches = batches_of(torch.eye(10)[classes] * 0.9 + 0.01)
-    validation = batches_of(classes)[1]
-    with pytest.warns(UserWarning, match="no test set"):
-        found = compress(model, batches, validation=validation, epochs=1, finetune_epochs=0)
-    assert len(found.report["stages"]) == 1
 
 
 def test_a_network_that_names_one_class_for_all_is_warned_of(trained, data):

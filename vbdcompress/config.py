@@ -18,7 +18,6 @@ Bits = Literal["32", "16", "8", "4", "auto"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
-
 # Fields that say how a machine computes, not what: a run may go on with others
 MACHINE = frozenset({"device", "devices", "precision", "compile", "cuda_graphs"})
 
@@ -246,10 +245,10 @@ class RunConfig(FitConfig):
 
     @model_validator(mode="after")
     def _channels_are_cut(self) -> Self:
-        given = {"round_to": self.round_to != 1, "cost": self.cost != "none"}
-        if self.mode == "weights" and self.first.mode != "channels" and any(given.values()):
-            names = " and ".join(name for name, value in given.items() if value)
-            raise ValueError(f"{names} acts on channel gates, mode weights has none: mode channels or both")
+        if self.mode == "weights" and self.first.mode != "channels":
+            for name, acts in (("round_to", self.round_to != 1), ("cost", self.cost != "none")):
+                if acts:
+                    raise ValueError(f"{name} acts on channel gates, mode weights has none")
         return self
 
     @field_validator("bits", mode="before")
