@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from vbdcompress.config import FitConfig, RunConfig, make_config, parse_limit, read_toml
+from vbdcompress.budget import parse_limit
+from vbdcompress.config import FitConfig, RunConfig, make_config, read_toml
 from vbdcompress.errors import ConfigError
 
 
@@ -186,6 +187,7 @@ def test_without_a_first_round_there_is_one(mode: str) -> None:
         ({"mode": "both", "first": {"epochs": -5}}, "first.epochs"),
         ({"mode": "weights", "first": {"epochs": 5}}, "a first round needs a mode"),
         ({"mode": "both", "first": {"mode": "weights"}}, "can't be of weights"),
+        ({"first": {"mode": "weights", "cost": "macs"}}, "first.cost acts on channel gates"),
     ],
 )
 def test_make_config_checks_the_first_round(values: dict[str, Any], message: str) -> None:

@@ -153,19 +153,24 @@ def test_a_first_round_of_weights_is_cut_before_the_last(trained, data, tmp_path
         assert torch.equal(again(two.files.samples), two.model(two.files.samples))
 
 
-def test_the_report_says_of_which_rounds_cost_weighed_the_kl(trained, data):
+@pytest.mark.parametrize(
+    ("options", "costs"),
+    [
+        ({"mode": "both", "cost": "params"}, ["params", "none"]),
+        ({"cost": "params", "first": {"mode": "channels", "cost": "macs"}}, ["macs", "params"]),
+    ],
+)
+def test_the_report_says_of_which_rounds_cost_weighed_the_kl(trained, data, options, costs):
     found = compress(
         trained.model,
         loader_of(data.train),
         validation=loader_of(data.validation, shuffle=False),
         test=loader_of(data.test, shuffle=False),
-        mode="both",
-        cost="params",
         epochs=1,
         finetune_epochs=0,
+        **options,
     )
-    stages = {stage["mode"]: stage["cost"] for stage in found.report["stages"]}
-    assert stages == {"channels": "params", "weights": "none"}
+    assert [stage["cost"] for stage in found.report["stages"]] == costs
 
 
 def test_compress_with_only_a_loader_splits_it_and_warns(trained, data):

@@ -1,9 +1,11 @@
 """How much goes: the point on a curve that a budget asks for."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 
-from vbdcompress.config import RunConfig, parse_limit
+from vbdcompress.config import RunConfig
 from vbdcompress.errors import SlimError
 from vbdcompress.records import CurvePoint, Selection, Size
 from vbdcompress.slimming import DEFAULT_THRESHOLD
@@ -27,6 +29,13 @@ class Budget:
     max_error_increase: float | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
     source: str = "asked for"
+
+
+def parse_limit(text: str | int, total: int) -> int:
+    """A limit as an absolute number or as a share of the original: "10%" of total."""
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(text))
+    # Decimal: as floats 29 % of 100 are 28.999...
+    return int(Decimal(share[1]) * total / 100) if share else int(text)
 
 
 def make_budget(config: RunConfig, original: Size) -> Budget:

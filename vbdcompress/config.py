@@ -3,7 +3,6 @@
 import re
 import tomllib
 from collections.abc import Mapping
-from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +15,7 @@ Mode = Literal["weights", "channels", "both"]
 Prior = Literal["vbd", "vd"]
 Bits = Literal["32", "16", "8", "4", "auto"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+Cost = Literal["none", "params", "macs", "params+macs"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 # Fields that say how a machine computes, not what: a run may go on with others
@@ -92,13 +92,6 @@ class FitConfig(BaseModel):
         return self
 
 
-def parse_limit(text: str | int, total: int) -> int:
-    """A limit as an absolute number or as a share of the original: "10%" of total."""
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(text))
-    # Decimal: as floats 29 % of 100 are 28.999...
-    return int(Decimal(share[1]) * total / 100) if share else int(text)
-
-
 # A first round takes what is surely gone: the literature's threshold, not the lower one of the last cut
 SURELY_GONE = 3.0
 
@@ -116,6 +109,7 @@ class FirstRound(BaseModel):
     warmup_epochs: int | None = Field(None, ge=0)
     threshold: float | None = None
     log_sigma2: float | None = None
+    cost: Cost | None = None
 
 
 class RunConfig(FitConfig):
@@ -156,7 +150,7 @@ class RunConfig(FitConfig):
     )
     lr_finetune: float = Field(5e-4, gt=0, description="Rate there, falling linearly to 0.")
     skip: tuple[str, ...] = Field((), description="Layer to leave whole, with all below it; may be repeated.")
-    cost: Literal["none", "params", "macs", "params+macs"] = Field(
+    cost: Cost = Field(
         "none", description="Weigh the KL of each channel by what its removal saves: a tempered ELBO."
     )
     round_to: int = Field(
@@ -235,6 +229,8 @@ class RunConfig(FitConfig):
             raise ValueError("mode both is channels, then weights: its first round can't be of weights")
         if self.mode != "both" and self.first.mode is None and self.first != FirstRound():
             raise ValueError("a first round needs a mode: weights or channels")
+        if self.first.mode == "weights" and self.first.cost not in (None, "none"):
+            raise ValueError("first.cost acts on channel gates, a first round of weights has none")
         return self
 
     @model_validator(mode="after")

@@ -12,9 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from vbdcompress.attention import open_attention_
+from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.gating import Cost, channel_costs, convert_channels_, fold_gate_
+from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, shapes_of, tensors_of
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan

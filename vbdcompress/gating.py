@@ -1,13 +1,13 @@
 """Channels mode of convert: gates at the inputs of the layers that read a group, and what each would save."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from vbdcompress.config import Cost
 from vbdcompress.count import layer_sizes
 from vbdcompress.evaluation import device_of
 from vbdcompress.gather import GatherLinear
@@ -17,7 +17,6 @@ from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.weights import Mixing, keeps_groups_apart, scale_inputs_
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
 
-Cost = Literal["none", "params", "macs", "params+macs"]
 _SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
     "none": (),
     "params": ("parameters",),
