@@ -26,7 +26,7 @@ from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
-from vbdcompress.inputs import Inputs, call, example_shape, first
+from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
@@ -37,6 +37,8 @@ from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 
 SAMPLES = 64
+# Fewer examples may well be of one class
+ENOUGH = 32
 
 
 def compress(
@@ -187,8 +189,8 @@ def _run_stages(
 
 def _dead(original: nn.Module, slimmed: nn.Module, samples: Inputs) -> list[str]:
     """A warning where one class is all that is left of several."""
-    outputs = [flatten_output(call(model, samples)) for model in (original, slimmed)]
-    if any(len(output) != 1 or output[0].dim() != 2 for output in outputs):
+    outputs = [_outputs(model, samples) for model in (original, slimmed)]
+    if any(len(output) != 1 or output[0].dim() != 2 or len(output[0]) < ENOUGH for output in outputs):
         return []
     classes = [len(set(output.argmax(1).tolist())) for (output,) in outputs]
     if classes[1] > 1 or classes[0] == 1:
@@ -215,7 +217,7 @@ def _check(
             "nobody says by which mean and std the inputs are normalised.",
             "input=InputSpec(shape, mean, std)",
         )
-    if config.int8 and len(_outputs(model, samples)) != 1:
+    if config.int8 and len(_outputs(model, first(samples, 2))) != 1:
         raise ConfigError("int8", "is for networks with one output.")
     if judge.loss is cross_entropy:
         check_labels(model, first(samples, 2), target, sources)
@@ -224,8 +226,8 @@ def _check(
 
 
 def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return flatten_output(call(model, first(samples, 2)))
+    with in_eval_mode(model), torch.no_grad():
+        return flatten_output(call(model, samples))
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:
