@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ def check(network: Network, mode: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"network": network.name, "mode": mode, "size": network.size}
     started = time.perf_counter()
     try:
-        converted = convert(model.double(), example.double(), mode)
+        converted = convert(model, example, mode)
         row["convert_seconds"] = round(time.perf_counter() - started, 1)
-        row |= _coverage(model, converted, example.double())
+        row |= _coverage(model, converted, example)
         del model  # the largest networks leave room for few copies
         row["posteriors"] = sum(p.theta.numel() for p in find_posteriors(converted.model))
-        row["step"] = _step(converted.model.float(), example)
-        switch_off_(converted.model.double())
+        row["step"] = _step(converted.model, example)
+        # From here on in float64: what is left out must be left out exactly
+        converted = replace(converted, model=converted.model.double(), example=example.double())
+        switch_off_(converted.model)
         started = time.perf_counter()
         slimmed = slim(converted, THRESHOLD)
         row["slim_seconds"] = round(time.perf_counter() - started, 1)
