@@ -159,7 +159,7 @@ def test_convert_gates_follow_the_device_and_dtype_of_nothing_but_the_network():
         (nn.Sequential(nn.LazyConv2d(4, 3)), torch.randn(1, 1, 8, 8), "has no weights yet"),
         (nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 7), "fails on a batch of shape"),
         (nn.Sequential(nn.ReLU()), torch.randn(2, 7), "no parameters"),
-        (nn.Linear(5, 2).double(), torch.randn(2, 5), r"float32 and torch.float64: model.float\(\)"),
+        (nn.Linear(5, 2).double(), torch.randn(2, 5), r"float32 and torch.float64: make both float32"),
         (nn.Bilinear(5, 5, 2), torch.randn(2, 5), r"(?s)missing 1 .*compress\(model, loader\)"),
         ("network.pt", torch.randn(2, 5), r"is a str, allowed is an nn.Module"),
     ],

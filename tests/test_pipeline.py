@@ -251,7 +251,7 @@ def test_compress_refuses_unknown_options_and_bad_loaders(trained, data):
 
 
 def test_an_input_that_is_not_the_loader_s_is_refused(trained, data):
-    said = vbdcompress.InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+    said = vbdcompress.InputSpec([3, 8, 8], (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(
         ConfigError, match=r"says examples of shape \[3, 8, 8\], the loader's are \[1, 8, 8\]"
     ):

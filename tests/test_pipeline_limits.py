@@ -1,10 +1,20 @@
 """Budgets of bytes hold for the file that a run writes, whatever it stores the weights as."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+from torch import nn
+
+from vbdcompress.budget import Budget
+from vbdcompress.choosing import Candidates, refine
+from vbdcompress.conversion import convert
+from vbdcompress.count import measure_size
 from vbdcompress.data.dataset import load_data
 from vbdcompress.loading import load
 from vbdcompress.pipeline import compress
+from vbdcompress.slimming import measure_curve
+from vbdcompress.vbd.posterior import find_posteriors
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +24,30 @@ def data(zoo):
 
 
 @pytest.mark.parametrize(
-    ("bits", "allowed", "used"), [("32", 30_000, 0.95), ("8", 12_000, 0.8), ("auto", 12_000, 0.8)]
+    ("bits", "seed", "allowed", "used"),
+    [("32", 0, 30_000, 0.95), ("8", 1, 12_000, 0.93), ("auto", 0, 8_455, 0.75), ("auto", 1, 10_000, 0.75)],
 )
-def test_a_limit_of_bytes_is_kept_and_used(zoo, data, tmp_path, bits, allowed, used):
+def test_a_limit_of_bytes_is_kept_and_used(zoo, data, tmp_path, bits, seed, allowed, used):
+    found = compress(
+        load(zoo / "digits.pt").model,
+        data.train_batches(48, seed=seed),
+        validation=data.validation_batches(),
+        test=data.test_batches(),
+        mode="weights",
+        epochs=6,
+        finetune_epochs=3,
+        seed=seed,
+        bits=bits,
+        max_bytes=allowed,
+    )
+    found.export(tmp_path)
+    written = (tmp_path / "model.onnx").stat().st_size
+    assert used * allowed < written <= allowed
+    assert found.report["warnings"] == []
+
+
+def test_a_limit_that_estimates_miss_is_met_by_files(zoo, data, tmp_path):
+    # 4 bits: all points are estimated below the limit, and the files of the larger ones are above
     found = compress(
         load(zoo / "digits.pt").model,
         data.train_batches(48, seed=0),
@@ -24,10 +55,37 @@ def test_a_limit_of_bytes_is_kept_and_used(zoo, data, tmp_path, bits, allowed, u
         test=data.test_batches(),
         mode="weights",
         epochs=6,
-        finetune_epochs=0,
-        bits=bits,
-        max_bytes=allowed,
+        finetune_epochs=1,
+        bits="4",
+        max_bytes=9000,
     )
     found.export(tmp_path)
-    written = (tmp_path / "model.onnx").stat().st_size
-    assert used * allowed < written <= allowed
+    assert (tmp_path / "model.onnx").stat().st_size <= 9000
+
+
+def test_refine_finds_the_limit_where_the_curve_has_a_gap():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+    converted = convert(model, torch.randn(2, 20), "weights")
+    for posterior in find_posteriors(
+        converted.model
+    ):  # all log_alpha between 0.1 and 0.6: one step of the curve
+        alpha = torch.rand_like(posterior.theta) * 0.5 + 0.1
+        posterior.log_sigma2.data = alpha + 2 * posterior.theta.detach().abs().log()
+
+    def nothing(network):
+        return None
+
+    def error(network):
+        return 0.0
+
+    files = SimpleNamespace(measure=lambda network: measure_size(network, torch.randn(2, 20)))
+    curve = measure_curve(converted, error, prepare=nothing)
+    sizes = [point.size.nonzeros for point in curve]
+    limit = 500
+    assert max(size for size in sizes if size <= limit) < 250
+    candidates = Candidates(converted, curve, 1, nothing, error, files)
+    found = refine(candidates, curve, Budget(limits={"nonzeros": limit}), {})
+    thresholds = [point.threshold for point in found]
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert 0.85 * limit < max(one.size.nonzeros for one in found if one.size.nonzeros <= limit) <= limit

@@ -20,14 +20,68 @@ def batches_of(targets, outputs=10):
     [
         (torch.rand(32, 1), 10, {}, r"float32 \[8, 1\], cross entropy needs classes \[batch\]"),
         (torch.arange(32), 5, {}, "labels up to 7, the network has 5 outputs"),
-        (torch.rand(32), 1, {"loss": nn.functional.l1_loss}, r"validation: yields targets of float32 \[8\]"),
-        (torch.eye(10)[torch.arange(32) % 10], 10, {}, r"validation: yields targets of float32 \[8, 10\]"),
+        (
+            torch.rand(32),
+            1,
+            {"loss": nn.functional.l1_loss},
+            r"validation loader: yields targets of float32 \[8\]; top1_error: classes are whole numbers",
+        ),
+        (
+            torch.eye(10)[torch.arange(32) % 10],
+            10,
+            {},
+            r"validation loader: yields targets of float32 \[8, 10\]; top1_error",
+        ),
     ],
 )
 def test_targets_that_the_loss_or_metric_can_t_take_are_refused_at_once(targets, outputs, named, message):
     model, batches = batches_of(targets, outputs)
     with pytest.raises(DataError, match=message):
         compress(model, batches, validation=batches, epochs=1, finetune_epochs=0, **named)
+
+
+@pytest.mark.parametrize(
+    ("part", "targets", "message"),
+    [
+        (
+            "training",
+            torch.arange(32, dtype=torch.int32) % 10,
+            r"training loader: yields targets of int32 \[8\]",
+        ),
+        ("training", [0, 1, 2, 3, 4, 5, 6, 7], "training loader: yields targets of lists of 8"),
+        ("test", torch.eye(10)[torch.arange(32) % 10], r"test loader: yields targets of float32 \[8, 10\]"),
+    ],
+)
+def test_targets_of_every_part_are_tried_before_the_fit(part, targets, message):
+    classes = torch.arange(32) % 10
+    model, good = batches_of(classes)
+    bad = [(images, targets[:8]) for images, _ in good]
+    loaders = {"training": good, "validation": good, "test": good} | {part: bad}
+    with pytest.raises(DataError, match=message):
+        compress(
+            model,
+            loaders["training"],
+            validation=loaders["validation"],
+            test=loaders["test"],
+            distill=0.0,
+            epochs=1,
+        )
+
+
+def test_a_class_for_each_pixel_is_a_target_for_a_loss_of_one_s_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    batches = [(torch.rand(8, 1, 8, 8), torch.randint(0, 4, (8, 8, 8))) for _ in range(3)]
+    found = compress(
+        model,
+        batches,
+        validation=batches,
+        test=batches,
+        loss=nn.functional.cross_entropy,
+        epochs=1,
+        finetune_epochs=0,
+    )
+    assert 0 < found.report["error"] < 100
 
 
 def test_probabilities_are_targets_for_cross_entropy():

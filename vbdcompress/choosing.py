@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from vbdcompress.budget import Budget, select_threshold
@@ -17,12 +18,18 @@ from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.precision import first_codes
 from vbdcompress.records import CurvePoint, Selection, Size
-from vbdcompress.rounding import write_rounded_
+from vbdcompress.rounding import Rounded, roundable, write_rounded_
 from vbdcompress.slimming import Slim, posterior_sigma, slim
 from vbdcompress.sources import Sources
 
-# Points that are added to a curve next to a limit
+# Networks that are tried next to a limit, each time that more is known of what files weigh
 REFINEMENTS = 6
+# Files after which that is known well
+WELL_KNOWN = 4
+# Fine-tuning moves weights between codes, and so a file's bytes
+MOVED = 1.01
+# Of an output's largest weight: what 8 bits don't round to 0
+SMALLEST = 0.01
 # Above the largest threshold of the curve, where the network is still whole
 STEP_TO_WHOLE = 4.0
 
@@ -42,27 +49,23 @@ class FileSize:
         # What the original's file needs beside its numbers
         self.graph_bytes = original.bytes - FLOAT_BYTES * original.parameters
 
-    def estimate(self, size: Size) -> Size:
-        """The size with bytes that are an estimate for the file, packed and in so many bits."""
-        if not self.config.packs:
-            return replace(size, bytes=self.graph_bytes + FLOAT_BYTES * size.parameters)
-        return replace(size, bytes=estimate_bytes(size, self.graph_bytes, self.config.bits))
-
     def measure(self, model: nn.Module) -> Size:
-        """Of a network, its bytes estimated."""
-        return self.estimate(measure_size(model, first(self.samples, 2)))
+        """Of a network; its bytes are an estimate for the file, packed or not, in so many bits."""
+        size = measure_size(model, first(self.samples, 2))
+        packed = estimate_bytes(model, self.config.bits) if self.config.packs else size.bytes
+        return replace(size, bytes=self.graph_bytes + packed)
 
-    def write(self, model: nn.Module, sigma: Mapping[str, Tensor]) -> int:
+    def write(self, model: nn.Module, codes: Mapping[str, Rounded]) -> int:
         """Bytes of the file: it is written, checked and thrown away.
 
         Args:
-            sigma: parameter -> standard deviation of each weight; says how few bits will do.
+            codes: parameter -> how its weights are stored; others as they are.
         """
-        rounded, codes = copy.deepcopy(model), first_codes(model, self.config.bits, sigma)
+        rounded = copy.deepcopy(model)
         write_rounded_(rounded, codes)
         record = self.sources.record
         spec = replace(self.sources.input, embedded=self.config.embed_preprocessing)
-        told = file_properties(spec, record.name, record.classes, 100.0, "validation")
+        told = file_properties(spec, record.name, record.classes, record.split, (100.0, "validation"))
         scratch, storage = Scratch(), Storage(self.config.packs, codes, told)
         return write_onnx(rounded, scratch.folder / "chosen.onnx", self.samples, spec, storage).bytes
 
@@ -97,46 +100,92 @@ def choose(
 ) -> tuple[tuple[CurvePoint, ...], Selection, Slim]:
     """The curve, the point on it that the budget asks for, and the network cut there.
 
-    The curve's bytes are an estimate. Where the chosen point's file is larger than allowed, the
-    measured bytes take the estimate's place and the choice is made again.
+    The curve's bytes are estimates. Where they are bounded, the file of the chosen point is written: its
+    bytes take the estimate's place and correct those of the other points, and the choice is made again,
+    until it falls on a point whose file was seen to fit.
 
     Args:
         baseline_error: of the original on validation, percent.
     Raises:
         SlimError: see `select_threshold`.
     """
-    points = refine(candidates, budget)
+    curve, written = list(candidates.curve), dict[float, int]()
     while True:
+        if len(written) < WELL_KNOWN:
+            curve = refine(candidates, curve, budget, written)
+        points = _corrected(curve, written)
+        if "bytes" in budget.limits and not written and not any(_fits(one.size, budget) for one in points):
+            written[points[-1].threshold] = _write(candidates, candidates.cut(points[-1].threshold))
+            continue
         selection = select_threshold(points, budget, candidates.converted.mode, baseline_error)
         slimmed = candidates.cut(selection.threshold)
-        bound = selection.limits.get("bytes")
-        if bound is None:
+        if "bytes" not in budget.limits or selection.threshold in written:
             return tuple(points), selection, slimmed
-        written = candidates.files.write(slimmed.model, posterior_sigma(candidates.converted, slimmed))
-        for place, point in enumerate(points):
-            if point.threshold == selection.threshold:
-                points[place] = replace(point, size=replace(point.size, bytes=written))
-        if written <= bound:
-            return tuple(points), selection, slimmed
+        written[selection.threshold] = _write(candidates, slimmed)
 
 
-def refine(candidates: Candidates, budget: Budget) -> list[CurvePoint]:
-    """The curve; under limits, with more points between what is too large and what fits."""
-    points = list(candidates.curve)
-    for _ in range(REFINEMENTS if budget.limits else 0):
-        place = next((number for number, point in enumerate(points) if _fits(point.size, budget)), 0)
-        if place == 0:  # the whole network fits, or nothing does
-            break
-        above, below = points[place - 1], points[place]
-        start = above.threshold if math.isfinite(above.threshold) else below.threshold + STEP_TO_WHOLE
-        threshold = (start + below.threshold) / 2
-        model = candidates.cut(threshold).model
+def refine(
+    candidates: Candidates, curve: Sequence[CurvePoint], budget: Budget, written: Mapping[float, int]
+) -> list[CurvePoint]:
+    """The curve; under limits, with more points between what is too large and what fits.
+
+    Args:
+        written: threshold -> bytes, of the points whose file was written.
+    """
+    refined, points = list(curve), _corrected(curve, written)
+    place = next((number for number, point in enumerate(points) if _fits(point.size, budget)), 0)
+    if not budget.limits or place == 0:  # the whole network fits, or nothing does
+        return refined
+    ratio = points[place].size.bytes / refined[place].size.bytes
+    low, high = points[place].threshold, points[place - 1].threshold
+    high = high if math.isfinite(high) else low + STEP_TO_WHOLE
+    for _ in range(REFINEMENTS):
+        middle = (low + high) / 2
+        model = candidates.cut(middle).model
         size = candidates.files.measure(model)
-        if size in (above.size, below.size):
-            break
-        candidates.prepare(model)
-        points.insert(place, CurvePoint(threshold, candidates.error(model), size))
+        if all(size != point.size for point in refined):
+            candidates.prepare(model)
+            refined.append(CurvePoint(middle, candidates.error(model), size))
+        if _fits(_times(size, ratio), budget):
+            low = middle
+        else:
+            high = middle
+    return sorted(refined, key=lambda point: -point.threshold)
+
+
+def _write(candidates: Candidates, slimmed: Slim) -> int:
+    config = candidates.files.config
+    model = copy.deepcopy(slimmed.model)
+    for layer in roundable(model).values():
+        _grow_(layer.weight)  # type: ignore[arg-type]
+    codes = first_codes(model, config.bits, posterior_sigma(candidates.converted, slimmed))
+    bytes_now = candidates.files.write(model, codes)
+    return bytes_now if config.bits == "32" else round(MOVED * bytes_now)
+
+
+@torch.no_grad()
+def _grow_(weight: Tensor) -> None:
+    """Let no weight but a zero be so small that rounding makes it one: fine-tuning may not leave it there."""
+    rows = weight.view(len(weight), -1)
+    least = SMALLEST * rows.abs().amax(1, keepdim=True)
+    rows.copy_(torch.where(rows == 0, rows, rows.sign() * rows.abs().maximum(least)))
+
+
+def _corrected(curve: Sequence[CurvePoint], written: Mapping[float, int]) -> list[CurvePoint]:
+    """Each point with the bytes of its file, or with its estimate times the nearest file's error."""
+    known = [place for place, point in enumerate(curve) if point.threshold in written]
+    if not known:
+        return list(curve)
+    points = []
+    for place, point in enumerate(curve):
+        nearest = curve[min(known, key=lambda other, place=place: abs(other - place))]  # type: ignore[misc]
+        ratio = written[nearest.threshold] / nearest.size.bytes
+        points.append(replace(point, size=_times(point.size, ratio)))
     return points
+
+
+def _times(size: Size, ratio: float) -> Size:
+    return replace(size, bytes=round(ratio * size.bytes))
 
 
 def _fits(size: Size, budget: Budget) -> bool:

@@ -102,7 +102,7 @@ def convert(
         ConvertError: the network fails on the example, holds NaN, has lazy layers, or nothing in
             it can be converted.
     """
-    if mode not in LOG_SIGMA2:
+    if mode not in list(LOG_SIGMA2):
         raise ConfigError("convert", f"mode = {mode!r}, allowed are {' and '.join(map(repr, LOG_SIGMA2))}.")
     model = unwrap(model)
     check_skip(model, skip)
@@ -211,7 +211,7 @@ def _advice(model: nn.Module, example: Inputs, error: BaseException) -> str:
     tensors = (*model.parameters(), *tensors_of(example))
     kinds = sorted({str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()})
     if len(kinds) > 1:
-        return f"Parameters and inputs are of {' and '.join(kinds)}: model.float() makes them one."
+        return f"Parameters and inputs are of {' and '.join(kinds)}: make both float32, by .float()."
     if isinstance(error, TypeError) and "missing" in str(error):
         return "Several inputs go through Python, as the loader yields them: compress(model, loader)"
     return "Check the input's shape, and --data or --image-size."

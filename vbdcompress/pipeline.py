@@ -22,7 +22,7 @@ from vbdcompress.count import measure_size
 from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError
-from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_error
+from vbdcompress.evaluation import Loss, Metric, cross_entropy, device_of, to_device, top1_error
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
@@ -31,7 +31,7 @@ from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
-from vbdcompress.sources import Sources, check_classes, check_labels, first_batch, warnings_of
+from vbdcompress.sources import Sources, check_labels, first_batch, try_on, warnings_of
 from vbdcompress.stages import Judge, Origin, StageResult, StageRunner
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
@@ -177,7 +177,11 @@ def _run_stages(
         stages=[stage.record for stage in done],
         finetune=finetuned,
         rounding=rounding,
-        warnings=[*warnings_of(sources), *_dead(original, current, samples)],
+        warnings=[
+            *warnings_of(sources),
+            *_dead(original, current, samples),
+            *run.excess(current, rounding),
+        ],
         seconds=time.perf_counter() - started,
         device=str(fabric.device),
     )
@@ -206,7 +210,7 @@ def _check(
 ) -> None:
     """Raise what would end the run after its fit: here it costs the user nothing yet."""
     check_model(model, first(samples, 2))
-    shape, found = sources.input.shape, example_shape(samples)
+    shape, found = tuple(sources.input.shape), example_shape(samples)
     if shape and shape != found:
         raise ConfigError(
             "input", f"InputSpec says examples of shape {list(shape)}, the loader's are {list(found)}."
@@ -221,13 +225,17 @@ def _check(
         raise ConfigError("int8", "is for networks with one output.")
     if judge.loss is cross_entropy:
         check_labels(model, first(samples, 2), target, sources)
-    if judge.metric is top1_error:
-        check_classes(first_batch(sources.validation)[1])
+    if judge.loss is cross_entropy and config.distill_share < 1:
+        try_on(model, sources.train, "training", judge.loss)
+    try_on(model, sources.validation, "validation", judge.metric)
+    if sources.test is not None:
+        try_on(model, sources.test, "test", judge.metric)
 
 
 def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
     with in_eval_mode(model), torch.no_grad():
-        return flatten_output(call(model, samples))
+        outputs = flatten_output(call(model, to_device(samples, device_of(model))))
+    return [output.cpu() for output in outputs]
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:

@@ -86,6 +86,7 @@ def round_model_(
     sigma: Mapping[str, Tensor],
     measure: Callable[[nn.Module], float],
     allowed_error: float | None = None,
+    fits: Callable[[Mapping[str, Rounded]], bool] | None = None,
 ) -> Rounding:
     """Round the weights of Linear and convolution layers, in place; zeros stay zeros.
 
@@ -97,24 +98,35 @@ def round_model_(
         measure: validation error of a network in percent.
         allowed_error: for "auto": while the rounded network's is larger, the layer whose errors are
             largest in units of sigma gets more bits; None allows ROUNDING_POINTS above the network's own.
+        fits: for "auto": whether the file may have these codes. While it may not, layers get fewer bits
+            than the posterior asks for, and none gets more.
     """
     layers = roundable(model)
     known = _known(layers, sigma)
     before = measure(model)
     codes = first_codes(model, bits, sigma)
+    while bits == "auto" and fits is not None and not fits(codes):
+        reducible = [name for name in known if codes[name].bits > 4]
+        if not reducible:
+            break
+        best = min(reducible, key=lambda name: error_over_sigma(layers[name], codes[name], known[name]))
+        codes[best] = round_weight(layers[best], codes[best].bits // 2, known[best])
     exact = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
     over = {name: error_over_sigma(layers[name], codes[name], known[name]) for name in known}
     write_rounded_(model, codes)
     after = measure(model)
     allowed = before + ROUNDING_POINTS if allowed_error is None else max(allowed_error, before)
-    while bits == "auto" and after > allowed:
-        coarse = [name for name in known if codes[name].bits < 16]
-        if not coarse:
-            break
+    coarse = set(known) if bits == "auto" else set()
+    while after > allowed and (coarse := {name for name in coarse if codes[name].bits < 16}):
         worst = max(coarse, key=lambda name: over[name])
         _restore_(layers[worst], exact[worst])
-        codes[worst] = round_weight(layers[worst], 2 * codes[worst].bits, known[worst])
-        over[worst] = error_over_sigma(layers[worst], codes[worst], known[worst])
+        finer = round_weight(layers[worst], 2 * codes[worst].bits, known[worst])
+        if fits is not None and not fits(codes | {worst: finer}):
+            write_rounded_(model, {worst: codes[worst]})
+            coarse.remove(worst)
+            continue
+        over[worst] = error_over_sigma(layers[worst], finer, known[worst])
+        codes[worst] = finer
         write_rounded_(model, {worst: codes[worst]})
         after = measure(model)
     rows = tuple(RoundedRow(name, item.kind, item.bits, over.get(name)) for name, item in codes.items())

@@ -105,8 +105,8 @@ class Result:
                     spec,
                     sources.record.name,
                     sources.record.classes,
-                    self.report["error"],
-                    self.report["error_split"],
+                    sources.record.split,
+                    (self.report["error"], self.report["error_split"]),
                 ),
             ),
         )

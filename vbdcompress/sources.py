@@ -9,9 +9,15 @@ from torch import Tensor, nn
 
 from vbdcompress.data import TensorBatches, on_device
 from vbdcompress.errors import DataError
-from vbdcompress.inputs import Inputs, call, in_eval_mode, tensors_of
+from vbdcompress.evaluation import Loss, Metric, device_of, to_device, top1_error
+from vbdcompress.inputs import Inputs, call, first, in_eval_mode, map_tensors, tensors_of
 from vbdcompress.records import InputSpec
 from vbdcompress.reporting.build import DataRecord
+
+# Examples that a loss and a metric are tried on
+FEW = 8
+# What users' own raise on targets that they were not made for
+JUDGE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,14 @@ def warnings_of(sources: Sources) -> list[str]:
     return messages
 
 
-def first_batch(loader: Iterable[Any]) -> tuple[Inputs, Any]:
+def first_batch(loader: Iterable[Any], where: str = "loader") -> tuple[Inputs, Any]:
     """The first (inputs, target). Raises DataError where there is none, or it is no such pair."""
     batch = next(iter(loader), None)
     if batch is None:
-        raise DataError("loader", "is empty: it yields no batch.")
+        raise DataError(where, "is empty: it yields no batch.")
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not tensors_of(batch[0]):
         raise DataError(
-            "loader",
+            where,
             f"yields {_describe(batch)}, allowed are pairs of inputs (a tensor, a tuple or a dict of "
             "tensors) and targets.",
             "From Python, say what is what: compress(..., unpack=lambda batch: (inputs, target))",
@@ -72,7 +78,7 @@ def first_batch(loader: Iterable[Any]) -> tuple[Inputs, Any]:
     inputs: Inputs = batch[0]
     for tensor in tensors_of(inputs):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise DataError("loader", "the first batch holds NaN or infinite values.")
+            raise DataError(where, "the first batch holds NaN or infinite values.")
     return inputs, batch[1]
 
 
@@ -85,14 +91,35 @@ def _describe(batch: Any) -> str:
     return f"{kind}s of {len(batch)}" if isinstance(batch, tuple | list | dict) else f"{kind}s"
 
 
-def check_classes(target: Any) -> None:
-    """Raise DataError where the share of wrong classes can't be told of such targets."""
-    if isinstance(target, Tensor) and (target.is_floating_point() or target.dim() != 1):
-        raise DataError(
-            "validation",
-            f"yields targets of {_shape_of(target)}, the share of wrong classes needs whole numbers [batch].",
-            "Pass a metric that gives each example's error, 0 to 1: compress(..., metric=)",
-        )
+def try_on(model: nn.Module, batches: Iterable[Any], part: str, judge: Loss | Metric) -> None:
+    """Judge the first batch of a part as the run will. Raises DataError where that fails.
+
+    Args:
+        part: "training", "validation" or "test".
+        judge: a loss, or a metric.
+    """
+    inputs, target = first_batch(batches, f"the {part} loader")
+    inputs, target = to_device((first(inputs, FEW), _first_targets(target)), device_of(model))
+    kind = getattr(judge, "__name__", type(judge).__name__)
+    advice = "Pass your own: compress(..., loss=, metric=); a metric gives each example's error, 0 to 1."
+    with in_eval_mode(model), torch.no_grad():
+        output = call(model, inputs)
+        try:
+            errors = judge(output, target)
+            if judge is top1_error and (target.is_floating_point() or target.shape != errors.shape):
+                raise ValueError(f"classes are whole numbers of shape {list(output.argmax(1).shape)}")
+        except JUDGE_ERRORS as error:
+            raise DataError(
+                f"the {part} loader", f"yields targets of {_describe_target(target)}; {kind}: {error}", advice
+            ) from error
+
+
+def _first_targets(target: Any) -> Any:
+    return map_tensors(target, lambda tensor: tensor[:FEW] if tensor.dim() else tensor)
+
+
+def _describe_target(target: Any) -> str:
+    return _shape_of(target) if isinstance(target, Tensor) else _describe(target)
 
 
 def check_labels(model: nn.Module, samples: Inputs, target: Any, sources: Sources) -> None:

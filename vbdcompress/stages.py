@@ -230,7 +230,20 @@ class StageRunner:
         if config.bits == "32":
             return None
         allowed = None if points is None else baseline + points
-        return round_model_(model, config.bits, sigma, self.validate, allowed)
+        bound = make_budget(config, self.original).limits.get("bytes")
+        fits = None if bound is None else lambda codes: self.files.write(model, codes) <= bound
+        return round_model_(model, config.bits, sigma, self.validate, allowed, fits)
+
+    def excess(self, model: nn.Module, rounding: Rounding | None) -> list[str]:
+        """A warning where the file is larger than asked for after all."""
+        bound = make_budget(self.config, self.original).limits.get("bytes")
+        if bound is None:
+            return []
+        written = self.files.write(model, {} if rounding is None else rounding.codes)
+        if written <= bound:
+            return []
+        told = f"model.onnx has {written:,} bytes, {bound:,} were allowed"
+        return [f"{told}: fine-tuning moved weights between codes. Allow a little less."]
 
     def final_errors(self, original: nn.Module, slimmed: nn.Module, baseline: float) -> ErrorRecord:
         """Validation and, for the first and only time, test error of both networks."""

@@ -4,6 +4,7 @@ import json
 
 import onnx
 import pytest
+import torch
 
 QUICK = ["--epochs", "2", "--finetune-epochs", "1"]
 
@@ -38,6 +39,23 @@ def test_evaluate_reads_what_an_onnx_file_says_of_itself(cli, finished, tmp_path
     code, out, err = cli("evaluate", alone, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
+
+
+def test_evaluate_takes_the_split_that_a_file_names(cli, tmp_path, zoo):
+    out = tmp_path / "out"
+    options = ["--arch", "digits", "--data", "digits", "--mean", "0.3", "--std", "0.4", *QUICK]
+    state = torch.load(zoo / "digits.pt", weights_only=True)["state_dict"]
+    torch.save({name: tensor.float() for name, tensor in state.items()}, tmp_path / "state.pt")
+    cli("run", tmp_path / "state.pt", "--out", out, *options, "--validation-fraction", "0.3", "--seed", "5")
+    told = json.loads((out / "report.json").read_text())["errors"]["validation"]["after"]
+    (out / "model.onnx").rename(tmp_path / "alone.onnx")
+    _, printed, _ = cli("evaluate", tmp_path / "alone.onnx", "--split", "validation", "--json")
+    assert json.loads(printed)["error"] == pytest.approx(told, abs=1e-9)
+    broken = onnx.load(tmp_path / "alone.onnx")
+    next(item for item in broken.metadata_props if item.key == "input").value = "{"
+    onnx.save(broken, tmp_path / "broken.onnx")
+    code, _, err = cli("evaluate", tmp_path / "broken.onnx")
+    assert (code, "malformed properties" in err) == (1, True)
 
 
 def test_evaluate_warns_where_nothing_says_how_inputs_were_normalised(cli, finished, tmp_path):

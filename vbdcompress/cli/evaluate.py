@@ -123,9 +123,13 @@ def _open_onnx(file: Path) -> _Network:
     # The file's own word counts: it may stand beside another file's report
     own = session.get_modelmeta().custom_metadata_map
     own = own if own.get("made_by", "").startswith("vbdcompress") else {}
-    name, split = own.get("data", data.get("name")), data.get("split")
-    given_input = json.loads(own["input"]) if "input" in own else content.get("input")
-    spec = None if given_input is None else InputSpec.from_json(given_input)
+    try:
+        found = {key: json.loads(own[key]) for key in ("input", "validation") if key in own}
+        told = {"input": content.get("input"), "validation": data.get("split")} | found
+        spec = None if told["input"] is None else InputSpec.from_json(told["input"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError("evaluate", f"file '{file}' has malformed properties: {error!r}.") from error
+    name, split = own.get("data", data.get("name")), told["validation"]
 
     def run(inputs: torch.Tensor) -> torch.Tensor:
         given = inputs if spec is None else inputs_for(spec, inputs)

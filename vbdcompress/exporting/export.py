@@ -76,18 +76,24 @@ def write_onnx(
 
 
 def file_properties(
-    spec: InputSpec, data: str | None, classes: Sequence[str], error: float, split: str
+    spec: InputSpec,
+    data: str | None,
+    classes: Sequence[str],
+    validation: Mapping[str, Any] | None,
+    error: tuple[float, str],
 ) -> dict[str, str]:
     """What a model.onnx says of itself, for who has nothing else.
 
     Args:
-        error: in percent, on the set that `split` names.
+        validation: {"fraction", "seed"} of the split that was held out.
+        error: in percent, and the name of the set.
     """
     told = {
         "made_by": f"vbdcompress {version_of('vbdcompress')}",
         "input": json.dumps(asdict(spec)),
         "data": data,
         "classes": json.dumps(list(classes)) if classes else None,
-        "error": f"{error:.2f} % on the {split} set",
+        "validation": json.dumps(validation) if validation else None,
+        "error": f"{error[0]:.2f} % on the {error[1]} set",
     }
     return {name: value for name, value in told.items() if value}

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from torch import nn
 
 from vbdcompress.config import Bits
 from vbdcompress.exporting.rebuilding import Codes, Part, rebuild_dense, rebuild_sparse, rebuild_together
-from vbdcompress.records import PackedTensor, Size
-from vbdcompress.rounding import Array, Rounded, along
+from vbdcompress.records import PackedTensor
+from vbdcompress.rounding import Array, Rounded, along, roundable
 
 # A tensor below this many bytes is not worth the operators that would rebuild it
 SMALLEST = 256
@@ -32,14 +33,13 @@ FOLDED = 1e-6
 WIDTHS = {"32": 4.0, "16": 2.0, "8": 1.0, "4": 0.5, "auto": 0.5}
 
 
-def estimate_bytes(size: Size, graph_bytes: int, bits: Bits) -> int:
-    """Bytes of a packed file: about as many as it will have, and rarely more.
-
-    Args:
-        graph_bytes: of the dense file's, what it needs beside its numbers.
-    """
-    width = WIDTHS[bits]
-    return graph_bytes + round(min(width * size.parameters, (width + 1) * size.nonzeros))
+def estimate_bytes(model: nn.Module, bits: Bits) -> int:
+    """Bytes of a network's numbers in a packed file, each tensor dense or sparse, whichever is smaller."""
+    weights, total = roundable(model), 0.0
+    for name, parameter in model.named_parameters():
+        width = WIDTHS[bits] if name in weights else WIDTHS["32"]
+        total += min(width * parameter.numel(), (width + 1) * int(parameter.count_nonzero()))
+    return round(total)
 
 
 @dataclass(frozen=True)
