@@ -61,13 +61,13 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
         SlimError: the two differ: a defect, better a stop than a wrong network.
     """
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
+    # Copies come late and go early: the largest networks leave room for few
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
     gated = copy.deepcopy(converted.model).cpu().double().eval()
     set_threshold_(gated, chosen, round_to)
-    masked = replace(converted, model=gated).plain(chosen, round_to)
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
     probes = _probes_for(gated, converted.example)
     for fold in (True, False):
-        model = copy.deepcopy(masked)
+        model = replace(converted, model=gated).plain(chosen, round_to)
         try:
             plan = plan_removal_(model, converted.scan.removable, probes[0], fold=fold)
             apply_plan_(model, plan)
