@@ -123,6 +123,9 @@ def test_load_says_what_is_missing_or_damaged(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(LoadError, match="cut short"):
         load(path, arch="digits")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(LoadError, match="cut short: EOFError"):
+        load(tmp_path / "empty.pt")
     (tmp_path / "program.pt2").write_bytes(b"")
     with pytest.raises(LoadError, match=r"torch\.export program"):
         load(tmp_path / "program.pt2")

@@ -45,7 +45,11 @@ def start_fabric(config: FitConfig) -> Fabric:
             )
             fabric.launch()
         except (RuntimeError, ValueError) as error:
-            raise FitError("device", f"'{config.device}' x {devices} can't be used: {error}") from error
+            raise FitError(
+                "device",
+                f"'{config.device}' x {devices} can't be used: {error}",
+                "Take what there is: --device auto",
+            ) from error
     if fabric.world_size != devices * nodes:
         raise FitError(
             "processes",

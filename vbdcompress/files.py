@@ -68,4 +68,5 @@ def load_tensors(path: Path) -> Any:
         # torch's own message recommends weights_only=False: not for a damaged file
         raise LoadError(f"file '{path}'", "can't be read: it is damaged, or no file of torch's.") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise LoadError(f"file '{path}'", f"can't be read, it may be cut short: {error}") from error
+        what = str(error) or type(error).__name__
+        raise LoadError(f"file '{path}'", f"can't be read, it may be cut short: {what}") from error
