@@ -61,15 +61,20 @@ def _start(name: str, mode: str) -> str:
     if ended.returncode < 0:
         return f"killed by signal {-ended.returncode}, as a rule for want of memory"
     told = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
+    if ended.returncode and "can't allocate memory" in told[0]:
+        return f"needs more than the {_allowed(mode) >> 30} GB of memory that it may take here"
     return told[0] if ended.returncode else ""
+
+
+def _allowed(mode: str) -> int:
+    ours = int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return BYTES if mode == "torch-pruning" else ours
 
 
 def _row(name: str, mode: str) -> dict[str, object]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    ours = int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    allowed = BYTES if mode == "torch-pruning" else ours
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    resource.setrlimit(resource.RLIMIT_DATA, (_allowed(mode), _allowed(mode)))
     return check_torch_pruning(NETWORKS[name]) if mode == "torch-pruning" else check(NETWORKS[name], mode)
 
 
