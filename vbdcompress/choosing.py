@@ -166,9 +166,8 @@ def _write(candidates: Candidates, slimmed: Slim) -> int:
 @torch.no_grad()
 def _grow_(weight: Tensor) -> None:
     """Let no weight but a zero be so small that rounding makes it one: fine-tuning may not leave it there."""
-    rows = weight.view(len(weight), -1)
-    least = SMALLEST * rows.abs().amax(1, keepdim=True)
-    rows.copy_(torch.where(rows == 0, rows, rows.sign() * rows.abs().maximum(least)))
+    least = SMALLEST * weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True)
+    weight.copy_(torch.where(weight == 0, weight, weight.sign() * weight.abs().maximum(least)))
 
 
 def _corrected(curve: Sequence[CurvePoint], written: Mapping[float, int]) -> list[CurvePoint]:

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from vbdcompress.data import TensorBatches, on_device
 from vbdcompress.errors import DataError
 from vbdcompress.evaluation import Loss, Metric, device_of, to_device, top1_error
-from vbdcompress.inputs import Inputs, call, first, in_eval_mode, map_tensors, tensors_of
+from vbdcompress.inputs import Inputs, call, in_eval_mode, tensors_of
 from vbdcompress.records import InputSpec
 from vbdcompress.reporting.build import DataRecord
 
-# Examples that a loss and a metric are tried on
-FEW = 8
 # What users' own raise on targets that they were not made for
 JUDGE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
@@ -99,7 +97,7 @@ def try_on(model: nn.Module, batches: Iterable[Any], part: str, judge: Loss | Me
         judge: a loss, or a metric.
     """
     inputs, target = first_batch(batches, f"the {part} loader")
-    inputs, target = to_device((first(inputs, FEW), _first_targets(target)), device_of(model))
+    inputs, target = to_device((inputs, target), device_of(model))
     kind = getattr(judge, "__name__", type(judge).__name__)
     advice = "Pass your own: compress(..., loss=, metric=); a metric gives each example's error, 0 to 1."
     with in_eval_mode(model), torch.no_grad():
@@ -112,10 +110,6 @@ def try_on(model: nn.Module, batches: Iterable[Any], part: str, judge: Loss | Me
             raise DataError(
                 f"the {part} loader", f"yields targets of {_describe_target(target)}; {kind}: {error}", advice
             ) from error
-
-
-def _first_targets(target: Any) -> Any:
-    return map_tensors(target, lambda tensor: tensor[:FEW] if tensor.dim() else tensor)
 
 
 def _describe_target(target: Any) -> str:
