@@ -167,6 +167,22 @@ def test_render_html_counts_the_points_outside_the_picture(report):
     assert int(count) == sum(error > float(top) + 0.005 for error in errors) > 0
 
 
+@pytest.mark.parametrize("field", ["bytes", "parameters"])
+def test_render_html_lists_the_size_that_the_budget_bounds(report, field):
+    assert f">{field.capitalize()}</th>" not in points_of_the_curve(render_html(report))
+    stage = report["stages"][0]
+    stage["selection"]["limits"] = {field: 1}
+    for number, point in enumerate(stage["curve"]):
+        point["size"][field] = 700_001 + number
+    table = points_of_the_curve(render_html(report))
+    assert f">{field.capitalize()}</th>" in table
+    assert "700,001" in table
+
+
+def points_of_the_curve(page: str) -> str:
+    return page.partition("Points of the curve")[2].partition("</table>")[0]
+
+
 def test_render_html_caps_the_bars_and_says_so(large_report, large_page):
     source = large_page
     bars = source[source.index('data-chart="bars-macs"') :]
