@@ -25,7 +25,12 @@ def data(zoo):
 
 @pytest.mark.parametrize(
     ("bits", "seed", "allowed", "used"),
-    [("32", 0, 30_000, 0.95), ("8", 1, 12_000, 0.93), ("auto", 0, 8_455, 0.75), ("auto", 1, 10_000, 0.75)],
+    [
+        ("8", 1, 12_000, 0.93),
+        ("auto", 0, 8_455, 0.75),
+        pytest.param("32", 0, 30_000, 0.95, marks=pytest.mark.slow),
+        pytest.param("auto", 1, 10_000, 0.75, marks=pytest.mark.slow),
+    ],
 )
 def test_a_limit_of_bytes_is_kept_and_used(zoo, data, tmp_path, bits, seed, allowed, used):
     found = compress(

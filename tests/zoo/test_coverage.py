@@ -14,8 +14,8 @@ COVERAGE = Path(__file__).parents[2] / "zoo" / "coverage"
 # Squeeze-excite beside depthwise; groups with squeeze-excite; shuffled halves; fused attention; a pyramid
 SAMPLE = [
     ("torchvision:mobilenet_v3_small", "channels"),
-    ("torchvision:regnet_y_400mf", "channels"),
-    ("torchvision:shufflenet_v2_x0_5", "channels"),
+    pytest.param("torchvision:regnet_y_400mf", "channels", marks=pytest.mark.slow),
+    pytest.param("torchvision:shufflenet_v2_x0_5", "channels", marks=pytest.mark.slow),
     ("timm:deit_tiny_patch16_224", "weights"),
     ("detection:resnet18_fpn", "channels"),
 ]
