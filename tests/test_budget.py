@@ -2,7 +2,7 @@
 
 import pytest
 
-from vbdcompress.budget import Budget, make_budget, select_threshold
+from vbdcompress.budget import Budget, make_budget, round_budget, select_threshold
 from vbdcompress.config import make_config
 from vbdcompress.errors import SlimError
 from vbdcompress.records import CurvePoint, Size
@@ -50,3 +50,20 @@ def test_select_threshold_says_how_close_it_comes():
 def test_make_budget_resolves_shares_against_the_original():
     config = make_config({"max_params": "10%", "max_macs": 77, "max_bytes": "2.5 %"})
     assert make_budget(config, Size(900, 1000, 800, 400)).limits == {"nonzeros": 100, "macs": 77, "bytes": 10}
+
+
+def test_an_early_round_leaves_half_of_the_error_and_the_bytes_to_the_last():
+    config = make_config(
+        {"mode": "both", "max_error_increase": 1.0, "max_macs": 77, "max_bytes": 9, "max_params": 5}
+    )
+    original = Size(900, 1000, 800, 400)
+    early, last = (round_budget(config, number, original) for number in (0, 1))
+    assert (early.max_error_increase, early.limits) == (0.5, {"macs": 77})
+    assert (last.max_error_increase, last.limits) == (1.0, {"nonzeros": 5, "macs": 77, "bytes": 9})
+
+
+def test_a_first_round_keeps_to_its_own_threshold():
+    told = {"mode": "channels", "max_macs": "50%", "first": {"mode": "channels", "threshold": 2.0}}
+    early, last = (round_budget(make_config(told), number, Size(900, 1000, 800, 400)) for number in (0, 1))
+    assert (early.threshold, early.limits, early.source) == (2.0, {}, "asked for")
+    assert (last.threshold, last.limits) == (None, {"macs": 400})

@@ -44,6 +44,25 @@ def make_budget(config: RunConfig, original: Size) -> Budget:
     return Budget(config.threshold, config.max_error_increase, limits)
 
 
+def round_budget(config: RunConfig, number: int, original: Size) -> Budget:
+    """What the round of that number, from 0, must keep to; the last one to the whole budget.
+
+    An earlier round keeps to its own threshold; without one to the MACs, and to half of the error budget: the
+    other half is left to the last round, which also answers for parameters and bytes.
+    """
+    part = config.rounds[number]
+    budget = make_budget(part, original)
+    if number + 1 == len(config.rounds):
+        return budget
+    if part.threshold is not None:
+        asked = part.threshold in (config.first.threshold, config.threshold)
+        return Budget(part.threshold, source="asked for" if asked else "a first round's default")
+    if not part.has_budget:
+        return budget
+    half = None if budget.max_error_increase is None else budget.max_error_increase / 2
+    return Budget(None, half, {key: bound for key, bound in budget.limits.items() if key == "macs"})
+
+
 def select_threshold(
     curve: Sequence[CurvePoint], budget: Budget, mode: str, baseline_error: float
 ) -> Selection:

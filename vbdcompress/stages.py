@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.budget import Budget, make_budget
+from vbdcompress.budget import make_budget, round_budget
 from vbdcompress.choosing import Candidates, FileSize, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
@@ -145,7 +145,9 @@ class StageRunner:
         candidates = Candidates(
             converted, curve, self.config.round_to, self.prepare, self.validate, self.files
         )
-        curve, selection, slimmed = choose(candidates, self._budget(number), baseline)
+        curve, selection, slimmed = choose(
+            candidates, round_budget(self.config, number, self.original), baseline
+        )
         self.prepare(slimmed.model)
         record = self._record(converted, slimmed, number, epochs, curve, selection)
         return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
@@ -197,20 +199,6 @@ class StageRunner:
             return None
         return {"share": self.config.distill_share, "temperature": self.config.temperature}
 
-    def _budget(self, number: int) -> Budget:
-        config, is_last = self.config.rounds[number], number + 1 == len(self.config.rounds)
-        budget = make_budget(config, self.original)
-        if not is_last and config.threshold is not None:
-            asked = config.threshold in (self.config.first.threshold, self.config.threshold)
-            return Budget(config.threshold, source="asked for" if asked else "a first round's default")
-        if not is_last and config.has_budget:
-            # Half of the error budget is left to the last round, which also answers for
-            # parameters and bytes.
-            half = None if budget.max_error_increase is None else budget.max_error_increase / 2
-            macs = {key: bound for key, bound in budget.limits.items() if key == "macs"}
-            return Budget(None, half, macs)
-        return budget
-
     def finetune(self, model: nn.Module) -> tuple[EpochRow, ...]:
         """Ordinary training of the slim network, in place; weights that are 0 stay 0."""
         if not self.config.finetune_epochs:
@@ -230,13 +218,13 @@ class StageRunner:
         if config.bits == "32":
             return None
         allowed = None if points is None else baseline + points
-        bound = make_budget(config, self.original).limits.get("bytes")
+        bound = self._most_bytes()
         fits = None if bound is None else lambda codes: self.files.write(model, codes) <= bound
         return round_model_(model, config.bits, sigma, self.validate, allowed, fits)
 
     def excess(self, model: nn.Module, rounding: Rounding | None) -> list[str]:
         """A warning where the file is larger than asked for after all."""
-        bound = make_budget(self.config, self.original).limits.get("bytes")
+        bound = self._most_bytes()
         if bound is None:
             return []
         written = self.files.write(model, {} if rounding is None else rounding.codes)
@@ -244,6 +232,9 @@ class StageRunner:
             return []
         told = f"model.onnx has {written:,} bytes, {bound:,} were allowed"
         return [f"{told}: fine-tuning moved weights between codes. Allow a little less."]
+
+    def _most_bytes(self) -> int | None:
+        return make_budget(self.config, self.original).limits.get("bytes")
 
     def final_errors(self, original: nn.Module, slimmed: nn.Module, baseline: float) -> ErrorRecord:
         """Validation and, for the first and only time, test error of both networks."""
