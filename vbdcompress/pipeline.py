@@ -32,7 +32,7 @@ from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
 from vbdcompress.sources import Sources, check_labels, first_batch, try_on, warnings_of
-from vbdcompress.stages import Judge, Origin, StageResult, StageRunner
+from vbdcompress.stages import Judge, Origin, StageRunner
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 
@@ -148,20 +148,16 @@ def _run_stages(
     samples = to_device(first(inputs, SAMPLES), torch.device("cpu"))
     _check(original, samples, target, sources, config, judge)
     if fabric.is_global_zero:
-        record = sources.record
-        workplace.claim(
-            identify_run(original, (record.name, record.train, record.validation), config, samples)
-        )
+        data = (sources.record.name, sources.record.train, sources.record.validation)
+        workplace.claim(identify_run(original, data, config, samples))
     wait_for_all(fabric)
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
     sizes = FileSize(config, before, samples, sources)
     run = StageRunner(sources, original, config, judge, workplace, before, sizes, fabric.device)
     baseline = run.validate(original)
-    current, done = original, list[StageResult]()
-    for number in range(len(config.rounds)):
-        done.append(run.stage(current, samples, number, baseline))
-        current = done[-1].model
+    done = run.rounds(original, samples, baseline)
+    current = done[-1].model
     finetuned = run.finetune(current)
     rounding = run.round(current, done[-1].sigma, baseline)
     errors = run.final_errors(original, current, baseline)
@@ -177,11 +173,7 @@ def _run_stages(
         stages=[stage.record for stage in done],
         finetune=finetuned,
         rounding=rounding,
-        warnings=[
-            *warnings_of(sources),
-            *_dead(original, current, samples),
-            *run.excess(current, rounding),
-        ],
+        warnings=[*warnings_of(sources), *_dead(original, current, samples), *run.excess(current, rounding)],
         seconds=time.perf_counter() - started,
         device=str(fabric.device),
     )

@@ -113,13 +113,14 @@ class StageRunner:
         """Take batch norm's statistics anew on training data, without noise, in place."""
         reestimate_batch_norm_(model.to(self.device), self.sources.train)
 
-    def stage(
-        self,
-        model: nn.Module,
-        samples: Inputs,
-        number: int,
-        baseline: float,
-    ) -> StageResult:
+    def rounds(self, model: nn.Module, samples: Inputs, baseline: float) -> list[StageResult]:
+        """All rounds, one after the other; the last one's network is the run's."""
+        done: list[StageResult] = []
+        for number in range(len(self.config.rounds)):
+            done.append(self._stage(done[-1].model if done else model, samples, number, baseline))
+        return done
+
+    def _stage(self, model: nn.Module, samples: Inputs, number: int, baseline: float) -> StageResult:
         """Convert, fit, choose and slim once."""
         config = self.config.rounds[number]
         mode = config.mode

@@ -34,7 +34,7 @@ def on_device(library: Path, *arguments: Any) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def run_on_both(library: Path, cli: Any, folder: Path, *given: Any) -> None:
+def assert_runs_alike(library: Path, cli: Any, folder: Path, *given: Any) -> None:
     """The same run there and on the CPU; both draw the same noise, and sum in another order."""
     on_device(library, "run", *given, *QUICK, "--out", folder / "there")
     code, _, err = cli("run", *given, *QUICK, "--device", "cpu", "--out", folder / "here")
@@ -56,7 +56,7 @@ def test_train_and_run_do_there_what_they_do_here(library, cli, tmp_path):
         torch.load(tmp_path / name, weights_only=True)["state_dict"] for name in ("there.pt", "here.pt")
     )
     assert all(torch.allclose(there[name], here[name], rtol=0.05, atol=0.02) for name in here)
-    run_on_both(library, cli, tmp_path, tmp_path / "there.pt", "--mode", "both", "--bits", "auto")
+    assert_runs_alike(library, cli, tmp_path, tmp_path / "there.pt", "--mode", "both", "--bits", "auto")
 
 
 @pytest.mark.slow
@@ -68,4 +68,4 @@ def test_train_and_run_do_there_what_they_do_here(library, cli, tmp_path):
     ],
 )
 def test_run_takes_its_options_there(library, zoo, cli, tmp_path, options):
-    run_on_both(library, cli, tmp_path, zoo / "digits.pt", *options.split())
+    assert_runs_alike(library, cli, tmp_path, zoo / "digits.pt", *options.split())
