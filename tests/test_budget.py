@@ -67,3 +67,9 @@ def test_a_first_round_keeps_to_its_own_threshold():
     early, last = (round_budget(make_config(told), number, Size(900, 1000, 800, 400)) for number in (0, 1))
     assert (early.threshold, early.limits, early.source) == (2.0, {}, "asked for")
     assert (last.threshold, last.limits) == (None, {"macs": 400})
+
+
+def test_a_network_that_meets_an_error_budget_exactly_is_taken():
+    # 7 and 8 of 1,000 examples wrong: as floats 0.7 + 0.1 is less than 0.8
+    curve = [CurvePoint(float("inf"), 0.7, Size(9, 9, 9, 9)), CurvePoint(1.0, 0.8, Size(4, 4, 4, 4))]
+    assert select_threshold(curve, Budget(max_error_increase=0.1), "weights", 0.7).threshold == 1.0

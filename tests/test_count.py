@@ -1,9 +1,10 @@
 """MACs and sizes against counts by hand."""
 
+import pytest
 import torch
 from torch import nn
 
-from vbdcompress.count import layer_sizes, measure_size, uncounted_ops
+from vbdcompress.count import layer_sizes, measure_size, uncounted_ops, unused_parameters
 
 
 class Net(nn.Module):
@@ -43,3 +44,34 @@ def test_measure_size_leaves_mode_and_hooks_as_they_were():
 def test_uncounted_ops_are_named():
     assert uncounted_ops(Net(), torch.randn(2, 3, 8, 8)) == ("aten.max_pool2d_with_indices",)
     assert any("lstm" in name or "rnn" in name for name in uncounted_ops(nn.LSTM(4, 4), torch.randn(2, 3, 4)))
+
+
+class WithAuxiliaryHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 9)
+
+    def forward(self, x, scale=None):
+        hidden = self.body(x).relu()
+        if self.training:
+            return self.head(hidden), self.auxiliary(hidden)
+        return self.head(hidden) if scale is None else scale * self.head(hidden)
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.randn(2, 4), (torch.randn(2, 4), torch.tensor(2.0)), {"x": torch.randn(2, 4)}]
+)
+def test_unused_parameters_are_those_of_no_output(inputs):
+    model = WithAuxiliaryHead().train()
+    model.body.weight.requires_grad_(False)
+    assert unused_parameters(model, inputs) == {"auxiliary.weight", "auxiliary.bias"}
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_network_without_gradients_uses_all_it_has():
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argmax(1)
+
+    assert unused_parameters(Rounded(4, 6), torch.randn(2, 4)) == frozenset()

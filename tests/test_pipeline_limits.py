@@ -1,5 +1,6 @@
 """Budgets of bytes hold for the file that a run writes, whatever it stores the weights as."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,54 @@ def test_a_limit_that_estimates_miss_is_met_by_files(zoo, data, tmp_path):
     )
     found.export(tmp_path)
     assert (tmp_path / "model.onnx").stat().st_size <= 9000
+
+
+class WithUnusedHead(nn.Module):
+    """The file holds 5.6 thousand of its 26 thousand parameters."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.unused = body, nn.Linear(64, 320)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_limit_of_bytes_leaves_out_what_the_file_does_not_hold(data, tmp_path):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 75), nn.ReLU(), nn.Linear(75, 10))
+    found = compress(
+        WithUnusedHead(body),
+        data.train_batches(48, seed=0),
+        validation=data.validation_batches(),
+        test=data.test_batches(),
+        mode="weights",
+        distill=0.0,  # nobody trained it
+        epochs=8,
+        finetune_epochs=0,
+        max_bytes=6_700,
+    )
+    found.export(tmp_path)
+    assert (tmp_path / "model.onnx").stat().st_size <= 6_700
+    sizes = [point["size"] for point in found.report["stages"][0]["curve"]]
+    by_nonzeros = sorted(sizes, key=lambda size: size["nonzeros"])
+    assert all(one["bytes"] <= 1.1 * other["bytes"] for one, other in pairwise(by_nonzeros))
+
+
+def test_a_network_that_rounding_makes_worse_than_allowed_is_warned_of(zoo, data):
+    with pytest.warns(UserWarning, match="fine-tuning or rounding did not"):
+        found = compress(
+            load(zoo / "digits.pt").model,
+            data.train_batches(48, seed=0),
+            validation=data.validation_batches(),
+            test=data.test_batches(),
+            mode="channels",
+            epochs=3,
+            finetune_epochs=0,
+            max_error_increase=0.0,
+            bits="4",
+        )
+    errors = found.report["errors"]["validation"]
+    assert errors["after"] > errors["before"]
 
 
 def test_refine_finds_the_limit_where_the_curve_has_a_gap():

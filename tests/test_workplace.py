@@ -34,6 +34,7 @@ def resume(folder, before, after):
         (FIRST, {"device": "cpu", "precision": "bf16-mixed", "compile": True}, ALL),
         (FIRST, {"bits": "8", "pack": False, "int8": True}, ALL),
         (FIRST, {"finetune_epochs": 3}, ALL[:2]),
+        (FIRST | {"max_bytes": 900}, {"bits": "8"}, ALL[:2]),  # another point may be chosen
         (FIRST, {"lr_finetune": 1e-4, "bits": "4"}, ALL[:2]),
         (FIRST, {"threshold": 2.0}, ALL[:1]),  # of the first round, too
         (FIRST, {"round_to": 8}, ALL[:1]),
@@ -43,7 +44,8 @@ def resume(folder, before, after):
     ],
 )
 def test_claim_keeps_the_steps_before_the_change(tmp_path, first, changed, kept):
-    before = {"first": first}
+    before = {"first": {key: value for key, value in first.items() if key != "max_bytes"}}
+    before |= {key: value for key, value in first.items() if key == "max_bytes"}
     assert resume(tmp_path, before, before | changed) == kept
 
 
@@ -59,3 +61,14 @@ def test_claim_of_a_new_run_keeps_nothing(tmp_path):
     (tmp_path / "mine.ckpt").touch()
     Workplace(tmp_path).claim({"first": {}})
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["mine.ckpt"]
+
+
+def test_claim_refuses_inputs_that_were_normalised_otherwise(tmp_path):
+    config, model = make_config({"mode": "weights"}), nn.Linear(3, 2)
+    before, after = (
+        identify_run(model, ("digits", 10, 2, [mean], [1.0]), config, torch.zeros(1, 3))
+        for mean in (0.0, 0.5)
+    )
+    Workplace(tmp_path).claim(before)
+    with pytest.raises(FitError, match="is another"):
+        Workplace(tmp_path, resume=True).claim(after)

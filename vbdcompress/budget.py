@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from vbdcompress.config import RunConfig
 from vbdcompress.errors import SlimError
-from vbdcompress.records import CurvePoint, Selection, Size
+from vbdcompress.records import TIE, CurvePoint, Selection, Size
 from vbdcompress.slimming import DEFAULT_THRESHOLD
 
 _SIZE_ADVICE = "Raise the limit, fit with a larger --beta, or use --mode channels for MACs."
@@ -96,7 +96,7 @@ def select_threshold(
             limits,
             f"lowest validation error, and of equals the largest network, with {told}",
         )
-    allowed = [p for p in fitting if p.error <= baseline_error + increase]
+    allowed = [p for p in fitting if p.error <= baseline_error + increase + TIE]
     if not allowed:
         nearest = min(p.error for p in fitting)
         raise SlimError(
@@ -115,7 +115,8 @@ def _nearest_size(curve: Sequence[CurvePoint], limits: Mapping[str, int]) -> str
     """How close the curve comes to limits that none of its points keeps."""
     nearest = min(curve, key=lambda p: max(getattr(p.size, key) / max(1, b) for key, b in limits.items()))
     found = ", ".join(
-        f"{_LIMIT_NAMES[key]} {getattr(nearest.size, key):,} (limit {bound:,})"
+        f"{_LIMIT_NAMES[key]} {'about ' if key == 'bytes' else ''}{getattr(nearest.size, key):,} "
+        f"(limit {bound:,})"
         for key, bound in limits.items()
     )
     return f"no threshold keeps it; the nearest on the curve has {found}, at {nearest.error:.2f} % error."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vbdcompress.budget import Budget, select_threshold
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted
-from vbdcompress.count import FLOAT_BYTES, measure_size
+from vbdcompress.count import FLOAT_BYTES, measure_size, unused_parameters
 from vbdcompress.exporting.export import file_properties, write_onnx
 from vbdcompress.exporting.packing import Storage, estimate_bytes
 from vbdcompress.files import Scratch
@@ -39,21 +39,29 @@ class FileSize:
 
     Args:
         config: how weights are stored.
-        original: size of the network that came in, with its dense file's bytes.
+        original: the network that came in.
+        file_bytes: of its dense file.
         samples: [n, ...] of each input.
         sources: what the file says of itself comes from them.
     """
 
-    def __init__(self, config: RunConfig, original: Size, samples: Inputs, sources: Sources) -> None:
+    def __init__(
+        self, config: RunConfig, original: nn.Module, file_bytes: int, samples: Inputs, sources: Sources
+    ) -> None:
         self.config, self.samples, self.sources = config, samples, sources
-        # What the original's file needs beside its numbers
-        self.graph_bytes = original.bytes - FLOAT_BYTES * original.parameters
+        self.unused = unused_parameters(original, first(samples, 2))
+        # What the original's file needs beside its numbers; less than nothing where norms are folded
+        self.graph_bytes = max(0, file_bytes - FLOAT_BYTES * self._count_used(original))
 
     def measure(self, model: nn.Module) -> Size:
         """Of a network; its bytes are an estimate for the file, packed or not, in so many bits."""
         size = measure_size(model, first(self.samples, 2))
-        packed = estimate_bytes(model, self.config.bits) if self.config.packs else size.bytes
+        dense = FLOAT_BYTES * self._count_used(model)
+        packed = estimate_bytes(model, self.config.bits, self.unused) if self.config.packs else dense
         return replace(size, bytes=self.graph_bytes + packed)
+
+    def _count_used(self, model: nn.Module) -> int:
+        return sum(each.numel() for name, each in model.named_parameters() if name not in self.unused)
 
     def write(self, model: nn.Module, codes: Mapping[str, Rounded]) -> int:
         """Bytes of the file: it is written, checked and thrown away.
@@ -136,7 +144,7 @@ def refine(
     place = next((number for number, point in enumerate(points) if _fits(point.size, budget)), 0)
     if not budget.limits or place == 0:  # the whole network fits, or nothing does
         return refined
-    ratio = points[place].size.bytes / refined[place].size.bytes
+    ratio = points[place].size.bytes / max(1, refined[place].size.bytes)
     low, high = points[place].threshold, points[place - 1].threshold
     high = high if math.isfinite(high) else low + STEP_TO_WHOLE
     for _ in range(REFINEMENTS):
@@ -178,7 +186,7 @@ def _corrected(curve: Sequence[CurvePoint], written: Mapping[float, int]) -> lis
     points = []
     for place, point in enumerate(curve):
         nearest = curve[min(known, key=lambda other, place=place: abs(other - place))]  # type: ignore[misc]
-        ratio = written[nearest.threshold] / nearest.size.bytes
+        ratio = written[nearest.threshold] / max(1, nearest.size.bytes)
         points.append(replace(point, size=_times(point.size, ratio)))
     return points
 

@@ -1,6 +1,7 @@
 """Parameters, nonzeros, multiply-accumulates and bytes of a network."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from vbdcompress.compare import flatten_output
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, batch_size, call, in_eval_mode
 from vbdcompress.records import LayerSize, Size
@@ -39,6 +41,22 @@ def layer_sizes(model: nn.Module, example: Inputs) -> tuple[LayerSize, ...]:
             count = sum(parameter.numel() for parameter in own)
             rows.append(LayerSize(name, type(module).__name__, count, nonzeros, macs.get(name, 0)))
     return tuple(rows)
+
+
+def unused_parameters(model: nn.Module, example: Inputs) -> frozenset[str]:
+    """Names of parameters that no output depends on, such as an auxiliary head's: no ONNX file holds them."""
+    named = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
+    given = to_device(example, device_of(model))
+    named_inputs = dict(given) if isinstance(given, Mapping) else {}
+    inputs = () if named_inputs else tuple(given) if isinstance(given, tuple | list) else (given,)
+    with in_eval_mode(model), torch.enable_grad():
+        outputs = flatten_output(torch.func.functional_call(model, leaves, inputs, named_inputs))
+    sums = [output.sum() for output in outputs if output.requires_grad]
+    if not sums:
+        return frozenset()
+    gradients = torch.autograd.grad(sums, list(leaves.values()), allow_unused=True)
+    return frozenset(name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None)
 
 
 def _count_macs(model: nn.Module, example: Inputs) -> dict[str, int]:

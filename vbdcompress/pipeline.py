@@ -148,12 +148,13 @@ def _run_stages(
     samples = to_device(first(inputs, SAMPLES), torch.device("cpu"))
     _check(original, samples, target, sources, config, judge)
     if fabric.is_global_zero:
-        data = (sources.record.name, sources.record.train, sources.record.validation)
+        record, spec = sources.record, sources.input
+        data = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
         workplace.claim(identify_run(original, data, config, samples))
     wait_for_all(fabric)
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
-    sizes = FileSize(config, before, samples, sources)
+    sizes = FileSize(config, original, before.bytes, samples, sources)
     run = StageRunner(sources, original, config, judge, workplace, before, sizes, fabric.device)
     baseline = run.validate(original)
     done = run.rounds(original, samples, baseline)
@@ -173,7 +174,11 @@ def _run_stages(
         stages=[stage.record for stage in done],
         finetune=finetuned,
         rounding=rounding,
-        warnings=[*warnings_of(sources), *_dead(original, current, samples), *run.excess(current, rounding)],
+        warnings=[
+            *warnings_of(sources),
+            *_dead(original, current, samples),
+            *run.excess(current, rounding, errors),
+        ],
         seconds=time.perf_counter() - started,
         device=str(fabric.device),
     )
@@ -207,10 +212,11 @@ def _check(
         raise ConfigError(
             "input", f"InputSpec says examples of shape {list(shape)}, the loader's are {list(found)}."
         )
-    if config.embed_preprocessing and not (sources.input.mean and isinstance(samples, torch.Tensor)):
+    told = sources.input.shape and sources.input.mean and sources.input.std
+    if config.embed_preprocessing and not (told and isinstance(samples, torch.Tensor)):
         raise ConfigError(
             "embed_preprocessing",
-            "nobody says by which mean and std the inputs are normalised.",
+            "nobody says of what shape the inputs are, and by which mean and std they are normalised.",
             "input=InputSpec(shape, mean, std)",
         )
     if config.int8 and len(_outputs(model, first(samples, 2))) != 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.config import Bits
+from vbdcompress.records import TIE
 from vbdcompress.rounding import (
     Array,
     Rounded,
@@ -117,7 +118,7 @@ def round_model_(
     after = measure(model)
     allowed = before + ROUNDING_POINTS if allowed_error is None else max(allowed_error, before)
     coarse = set(known) if bits == "auto" else set()
-    while after > allowed and (coarse := {name for name in coarse if codes[name].bits < 16}):
+    while after > allowed + TIE and (coarse := {name for name in coarse if codes[name].bits < 16}):
         worst = max(coarse, key=lambda name: over[name])
         _restore_(layers[worst], exact[worst])
         finer = round_weight(layers[worst], 2 * codes[worst].bits, known[worst])

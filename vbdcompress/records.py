@@ -4,6 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Errors are sums of floats: 0.7 + 0.1 is less than 0.8
+TIE = 1e-9
+
+
+def held_out(split: Mapping[str, Any] | None) -> bool:
+    """Whether training is known to have left out a split: {"fraction", "seed"}, perhaps "held_out"."""
+    return split is not None and split.get("held_out", True) is not False
+
 
 @dataclass(frozen=True)
 class InputSpec:

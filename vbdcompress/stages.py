@@ -16,7 +16,7 @@ from vbdcompress.fitting import fit
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.optimization import default_beta
 from vbdcompress.precision import Rounding, round_model_
-from vbdcompress.records import CurvePoint, EpochRow, Selection, Size
+from vbdcompress.records import TIE, CurvePoint, EpochRow, Selection, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
     DEFAULT_THRESHOLD,
@@ -223,16 +223,19 @@ class StageRunner:
         fits = None if bound is None else lambda codes: self.files.write(model, codes) <= bound
         return round_model_(model, config.bits, sigma, self.validate, allowed, fits)
 
-    def excess(self, model: nn.Module, rounding: Rounding | None) -> list[str]:
-        """A warning where the file is larger than asked for after all."""
-        bound = self._most_bytes()
-        if bound is None:
-            return []
-        written = self.files.write(model, {} if rounding is None else rounding.codes)
-        if written <= bound:
-            return []
-        told = f"model.onnx has {written:,} bytes, {bound:,} were allowed"
-        return [f"{told}: fine-tuning moved weights between codes. Allow a little less."]
+    def excess(self, model: nn.Module, rounding: Rounding | None, errors: ErrorRecord) -> list[str]:
+        """Warnings where the file is larger than asked for after all, or the network worse."""
+        found, bound, points = [], self._most_bytes(), self.config.max_error_increase
+        written = 0 if bound is None else self.files.write(model, {} if rounding is None else rounding.codes)
+        if bound is not None and written > bound:
+            told = f"model.onnx has {written:,} bytes, {bound:,} were allowed"
+            found.append(f"{told}: fine-tuning moved weights between codes. Allow a little less.")
+        if points is not None and errors.validation_after > errors.validation_before + points + TIE:
+            told = f"The validation error is {errors.validation_after:.2f} %, {points:g} points above "
+            told += f"{errors.validation_before:.2f} % were allowed: the cut network kept to that, "
+            what = "fine-tuning" if rounding is None else "fine-tuning or rounding"
+            found.append(f"{told}{what} did not. Fine-tune longer or slower, or keep more bits.")
+        return found
 
     def _most_bytes(self) -> int | None:
         return make_budget(self.config, self.original).limits.get("bytes")

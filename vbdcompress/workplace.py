@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,11 @@ FINETUNING = {"finetune_epochs", "lr_finetune"}
 WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
 
 
-def identify_run(
-    model: nn.Module, data: tuple[str | None, int, int], config: RunConfig, samples: Inputs
-) -> dict[str, Any]:
+def identify_run(model: nn.Module, data: Sequence[Any], config: RunConfig, samples: Inputs) -> dict[str, Any]:
     """What makes a run this run: its network, its data and its options but for the machine's.
 
     Args:
-        data: name, number of training and of validation examples.
+        data: name, number of training and of validation examples, mean and deviation of the inputs.
         samples: some of them, for the shape of one.
     """
     digest = hashlib.sha256()
@@ -80,7 +78,7 @@ class Workplace:
                 raise FitError(
                     "resume", f"the run that '{self.folder}' keeps is another: {changes}.", START_ANEW
                 )
-            stale = _steps_after(set(differing), identity["first"])
+            stale = _steps_after(set(differing), identity)
         else:
             stale = [*FIRST_STEPS, *SECOND_STEPS, FINETUNE]
         for step in stale:  # by name: the folder may hold checkpoints of the user's own
@@ -104,14 +102,17 @@ class Workplace:
                 self.folder.parent.rmdir()
 
 
-def _steps_after(changed: set[str], first: Mapping[str, Any]) -> list[str]:
+def _steps_after(changed: set[str], options: Mapping[str, Any]) -> list[str]:
     """The steps that an option acts on, of those that may have changed.
 
     Args:
-        first: options of the first round's own.
+        options: of the run, as they are now.
     """
+    first = options["first"]
+    # Where bytes are bounded, the last cut depends on how weights are stored
+    of_finetuning = FINETUNING | (WRITING if options.get("max_bytes") is not None else set())
     # A first round that has its own threshold, or the one of rounds of weights, is cut as before
     of_last_cut = {"threshold"} if first["threshold"] is not None or first["mode"] == "weights" else set()
     if changed & (CUT - of_last_cut):
         return [*SECOND_STEPS, FINETUNE]
-    return [FINETUNE] if changed & (CUT | FINETUNING) else []
+    return [FINETUNE] if changed & (CUT | of_finetuning) else []

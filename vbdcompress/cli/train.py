@@ -200,7 +200,8 @@ def _claim(
     if not order.resume and state.is_dir():
         shutil.rmtree(state)
     state.mkdir(parents=True, exist_ok=True)
-    data = (order.data_name, len(dataset.train), len(dataset.validation))
+    spec = dataset.input
+    data = (order.data_name, len(dataset.train), len(dataset.validation), list(spec.mean), list(spec.std))
     workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1]))
 
 

@@ -7,7 +7,7 @@ dense one does; with its optimisations switched off it would rebuild them at eve
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +33,16 @@ FOLDED = 1e-6
 WIDTHS = {"32": 4.0, "16": 2.0, "8": 1.0, "4": 0.5, "auto": 0.5}
 
 
-def estimate_bytes(model: nn.Module, bits: Bits) -> int:
-    """Bytes of a network's numbers in a packed file, each tensor dense or sparse, whichever is smaller."""
+def estimate_bytes(model: nn.Module, bits: Bits, unused: Collection[str] = ()) -> int:
+    """Bytes of a network's numbers in a packed file, each tensor dense or sparse, whichever is smaller.
+
+    Args:
+        unused: names of parameters that the file does not hold.
+    """
     weights, total = roundable(model), 0.0
     for name, parameter in model.named_parameters():
+        if name in unused:
+            continue
         width = WIDTHS[bits] if name in weights else WIDTHS["32"]
         total += min(width * parameter.numel(), (width + 1) * int(parameter.count_nonzero()))
     return round(total)
