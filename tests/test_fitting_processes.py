@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vbdcompress.config import FitConfig
-from vbdcompress.data import TensorBatches
+from vbdcompress.data import TensorBatches, Unpacked
 from vbdcompress.errors import FitError
 from vbdcompress.checkpoints import FitCheckpoint
 from vbdcompress.fitting import fit
@@ -78,7 +78,8 @@ def train(devices, global_batch=20):
     model, config = make_model(-40.0), make_config(devices)
     tensors = TensorBatches(inputs, labels, 20, shuffle=True)
     # each process takes its own batches of a DataLoader
-    loader = DataLoader(TensorDataset(inputs, labels), batch_size=global_batch)
+    pairs = DataLoader(TensorDataset(labels, inputs), batch_size=global_batch)
+    loader = Unpacked(pairs, lambda batch: (batch[1], batch[0]))
     results = [
         fit(model, batches, config, validation=tensors, listener=count) for batches in (tensors, loader)
     ]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from vbdcompress.checkpoints import FitCheckpoint, FitState
 from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
-from vbdcompress.data import TensorBatches, count_examples, on_device
+from vbdcompress.data import TensorBatches, Unpacked, count_examples, on_device
 from vbdcompress.data.loaders import check_repeatable
 from vbdcompress.devices import check_same_start, named_loss_of_a_process, start_fabric
 from vbdcompress.distillation import teach
@@ -149,6 +149,8 @@ def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
         return loader.on(fabric.device, fabric.global_rank, fabric.world_size)
     if fabric.world_size == 1:
         return loader
+    if isinstance(loader, Unpacked):
+        return Unpacked(_place(loader.loader, fabric), loader.unpack)
     if isinstance(loader, DataLoader):
         # Unwrapped: Fabric's wrapper calls set_epoch with a count that is 0 again in a resumed fit
         return fabric.setup_dataloaders(loader, move_to_device=False)._dataloader  # type: ignore[union-attr]

@@ -121,6 +121,8 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
     indices = _indices_of(loader) if isinstance(loader, DataLoader) else None
     if isinstance(loader, DataLoader) and indices is not None:
         train, held = _split_indices(indices, fraction, seed)
+        if not loader.drop_last and len(train) > 1 and len(train) % (loader.batch_size or 1) == 1:
+            held = sorted([*held, train.pop()])  # norms can't train on a batch of one
         shuffle = not isinstance(loader.sampler, SequentialSampler)
         return _reload(loader, train, shuffle, loader.drop_last), _reload(loader, held, False, False)
     raise DataError(
