@@ -61,7 +61,7 @@ def load(
         path: a checkpoint of `vbdcompress train`, a bare state_dict (then `arch` is needed), a
             torch.export program, or a slim file.
         arch: name of the architecture; see `build_architecture`. Overrides the file's.
-        arguments: of the architecture's builder.
+        arguments: of the architecture's builder. Overrides the file's.
         unsafe_pickle: also read a whole pickled nn.Module or a program, which may run code from the
             file.
     Raises:
@@ -74,11 +74,12 @@ def load(
         raise LoadError(f"file '{path}'", "does not exist." + _nearest_file(path))
     if path.suffix == ".safetensors":
         header, _ = read_slim(path)
-        model = load_slim(path, arch=arch)
+        name, given = arch or header.architecture, arguments or header.arguments or {}
+        original = None if name is None else build_architecture(name, given, trusted=arch is not None)
         return Loaded(
-            model,
-            header.architecture,
-            header.arguments,
+            load_slim(path, original),
+            name,
+            given,
             header.data,
             header.input,
             header.validation,
@@ -88,7 +89,7 @@ def load(
     if isinstance(content, nn.Module):
         return Loaded(content.cpu().eval())
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        return _from_checkpoint(path, content, arch)
+        return _from_checkpoint(path, content, arch, arguments)
     state = _find_state_dict(path, content)
     if arch is None:
         raise LoadError(
@@ -164,15 +165,17 @@ def _read_pickle(path: Path) -> Any:
         raise LoadError(f"file '{path}'", f"can't be unpickled: {error}") from error
 
 
-def _from_checkpoint(path: Path, content: Mapping[str, Any], arch: str | None) -> Loaded:
+def _from_checkpoint(
+    path: Path, content: Mapping[str, Any], arch: str | None, arguments: Mapping[str, Any] | None
+) -> Loaded:
     where = f"file '{path}'"
     if content.get("version") != VERSION:
         raise LoadError(where, f"is checkpoint version {content.get('version')!r}, expected {VERSION}.")
     missing = [key for key in ("arch", "state_dict") if key not in content]
     if missing:
         raise LoadError(where, f"is a checkpoint without {', '.join(missing)}.")
-    name, arguments = arch or content["arch"], content.get("arguments") or {}
-    model = build_architecture(name, arguments, trusted=arch is not None)
+    name, given = arch or content["arch"], arguments or content.get("arguments") or {}
+    model = build_architecture(name, given, trusted=arch is not None)
     _load_state(path, name, model, content["state_dict"])
     try:
         spec = InputSpec.from_json(content["input"]) if content.get("input") else None
@@ -182,7 +185,7 @@ def _from_checkpoint(path: Path, content: Mapping[str, Any], arch: str | None) -
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(where, f"has a malformed 'input' or 'validation' entry: {error!r}.") from error
     training = content.get("training") or None
-    return Loaded(model.eval(), name, arguments, content.get("data"), spec, split, training)
+    return Loaded(model.eval(), name, given, content.get("data"), spec, split, training)
 
 
 def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:

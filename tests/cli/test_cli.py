@@ -115,6 +115,13 @@ def test_run_warns_where_the_file_does_not_say_its_split(cli, zoo, tmp_path):
     assert code == 0
     assert "may have been trained on its validation" in " ".join(printed.split())
     assert "may have been trained" in " ".join(json.loads((out / "report.json").read_text())["warnings"])
+    # what it wrote knows no more than it did
+    second = tmp_path / "second"
+    assert cli("run", out / "slim.safetensors", "--out", second, *QUICK)[0] == 0
+    assert "may have been trained" in " ".join(json.loads((second / "report.json").read_text())["warnings"])
+    for name in ("model.onnx", "slim.safetensors"):
+        _, _, err = cli("evaluate", out / name, "--split", "validation")
+        assert "it may have seen those of this split" in err
 
 
 def test_inspect_prints_layers_and_touches_nothing(cli, zoo, tmp_path, monkeypatch):

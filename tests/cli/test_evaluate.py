@@ -2,9 +2,14 @@
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 import torch
+
+from vbdcompress.data import load_data
+from vbdcompress.loading import load
+from vbdcompress.pipeline import compress
 
 QUICK = ["--epochs", "2", "--finetune-epochs", "1"]
 
@@ -73,3 +78,55 @@ def test_evaluate_of_the_zoo_prints_the_error_before(cli, finished, zoo):
     for split in ("test", "validation"):
         _, out, _ = cli("evaluate", zoo / "digits.pt", "--json", "--split", split)
         assert json.loads(out)["error"] == pytest.approx(told[split]["before"], abs=1e-9)
+
+
+def test_evaluate_guesses_aloud_where_a_file_says_the_shape_alone(cli, tmp_path, zoo):
+    loaded = load(zoo / "digits.pt")
+    dataset = load_data("digits")
+    result = compress(
+        loaded.model,
+        dataset.train_batches(48, seed=0),
+        validation=dataset.validation_batches(),
+        test=dataset.test_batches(),
+        mode="channels",
+        epochs=1,
+        finetune_epochs=0,
+    )
+    result.export(tmp_path)
+    for name in ("model.onnx", "slim.safetensors"):
+        code, _, err = cli("evaluate", tmp_path / name, "--data", "digits", "--arch", "digits")
+        assert (code, "does not say how its inputs were normalised" in err) == (0, True)
+
+
+def test_evaluate_takes_validation_data_of_the_user_s_own(cli, tmp_path, zoo):
+    dataset = load_data("digits", normalisation=load(zoo / "digits.pt").input)
+    held = dataset.validation
+    images = (held.inputs * dataset.input.std[0] + dataset.input.mean[0]) * 255
+    np.savez(tmp_path / "held.npz", images=images.round().byte().numpy(), labels=(held.labels + 1) % 10)
+    given = ["evaluate", zoo / "digits.pt", "--split", "validation", "--json"]
+    code, out, err = cli(*given, "--validation", tmp_path / "held.npz")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["error"] > 90  # its labels are shifted
+
+
+def test_evaluate_builds_a_slim_file_with_the_arguments_given(cli, tmp_path, zoo):
+    loaded = load(zoo / "digits.pt")
+    dataset = load_data("digits", normalisation=loaded.input)
+    result = compress(
+        loaded.model,
+        dataset.train_batches(48, seed=0),
+        validation=dataset.validation_batches(),
+        test=dataset.test_batches(),
+        input=dataset.input,
+        mode="channels",
+        epochs=1,
+        finetune_epochs=0,
+    )
+    result.export(tmp_path)
+    code = "from vbdcompress.architectures import build_architecture\ndef build(kind):\n"
+    (tmp_path / "mine.py").write_text(code + "    return build_architecture(kind)\n")
+    given = ["--arch", f"{tmp_path / 'mine.py'}:build", "--arch-arg", "kind=digits", "--data", "digits"]
+    assert cli("evaluate", tmp_path / "slim.safetensors", *given)[0] == 0
+    assert cli("run", tmp_path / "slim.safetensors", "--out", tmp_path / "again", *given, *QUICK)[0] == 0
+    again = load(tmp_path / "again" / "slim.safetensors", arch=given[1])
+    assert (again.architecture, again.arguments) == (given[1], {"kind": "digits"})

@@ -12,17 +12,25 @@ from vbdcompress.cli.options import (
     model_options,
     parse_arch_args,
     parse_normalisation,
+    told_normalisation,
 )
 from vbdcompress.errors import ConfigError, DataError
+from vbdcompress.records import held_out
 
 if TYPE_CHECKING:
     from vbdcompress.data import TensorBatches
     from vbdcompress.records import InputSpec
 
+_SEEN = (
+    "The file does not say which examples training left out: it may have seen those of this split. "
+    "Pass validation data of your own: --validation PATH"
+)
+
 
 @click.command("evaluate", short_help="Measure the error of a file.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
+@click.option("--validation", metavar="PATH", help="Folder or .npz of validation data of your own.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @model_options
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
 def command(
     file: Path,
     split: str,
+    validation: str | None,
     batch_size: int,
     as_json: bool,
     arch: str | None,
@@ -60,17 +69,20 @@ def command(
     if name is None:
         raise DataError("evaluate", "the file does not name its data set.", "--data NAME")
     held = network.validation or {}
-    normalisation = parse_normalisation(mean, std) or network.input
+    normalisation = told_normalisation(parse_normalisation(mean, std), network.input)
     dataset = load_data(
         name,
         data_root,
         normalisation=normalisation,
         validation_fraction=float(held.get("fraction", 0.1)),
         validation_seed=int(held.get("seed", 0)),
+        validation_path=validation,
         image_size=image_size,
     )
     if normalisation is None:
         click.echo(f"Warning: {guessed_normalisation(dataset.input)}", err=True)
+    if split == "validation" and not (validation or held_out(network.validation)):
+        click.echo(f"Warning: {_SEEN}", err=True)
     batches = dataset.test_batches(batch_size) if split == "test" else dataset.validation_batches(batch_size)
     if batches is None:
         raise DataError(f"data set '{name}'", "has no test part.", "--split validation")

@@ -127,6 +127,15 @@ def parse_normalisation(mean: str | None, std: str | None) -> InputSpec | None:
     return InputSpec((), means, stds)
 
 
+def told_normalisation(given: InputSpec | None, of_file: InputSpec | None) -> InputSpec | None:
+    """What the command says of the inputs' normalisation, else the file; None where neither does.
+
+    A network that was compressed from Python without `input=` has a file that says the shape alone.
+    """
+    spec = given or of_file
+    return spec if spec is not None and spec.mean else None
+
+
 def guessed_normalisation(taken: InputSpec) -> str:
     """What a user must know where neither the file nor the command says how inputs were normalised."""
     mean, std = ([round(value, 4) for value in values] for values in (taken.mean, taken.std))

@@ -15,10 +15,11 @@ from vbdcompress.cli.options import (
     model_options,
     parse_arch_args,
     parse_normalisation,
+    told_normalisation,
 )
 from vbdcompress.config import RunConfig, TrackerName, make_config, read_toml
 from vbdcompress.errors import ConfigError, DataError
-from vbdcompress.records import InputSpec
+from vbdcompress.records import InputSpec, held_out
 
 if TYPE_CHECKING:
     from vbdcompress.data import DataSet
@@ -81,7 +82,7 @@ def command(
       vbdcompress run mine.pt --arch mine.py:build --data photos/ --image-size 64 --mode channels
     """
     values = (read_toml(config_file) if config_file else {}) | given_options(options)
-    config = make_config(values, f"config file '{config_file}'" if config_file else "run")
+    config = make_config(values, f"run with config file '{config_file}'" if config_file else "run")
     _run(
         file,
         out or Path("exports") / file.stem,
@@ -129,8 +130,12 @@ class _Reading:
         return load(file, arch=self.arch, arguments=self.arch_args, unsafe_pickle=self.unsafe_pickle)
 
     def split(self, loaded: "Loaded", config: RunConfig) -> dict[str, Any]:
-        """Fraction and seed of the validation split: the file's, so that it is what training left out."""
-        return dict(loaded.validation or {"fraction": config.validation_fraction, "seed": config.seed})
+        """Fraction and seed of the validation split: the file's, so that it is what training left out.
+
+        Where the file names none, the split that is made here is noted as one that training may have seen.
+        """
+        made = {"fraction": config.validation_fraction, "seed": config.seed, "held_out": False}
+        return dict(loaded.validation or made)
 
     def dataset(self, loaded: "Loaded", config: RunConfig) -> "DataSet":
         """The data set that was asked for, or that the file names, normalised as the file says."""
@@ -145,7 +150,7 @@ class _Reading:
         return load_data(
             name,
             self.data_root,
-            normalisation=self.normalisation or loaded.input,
+            normalisation=told_normalisation(self.normalisation, loaded.input),
             validation_fraction=split["fraction"],
             validation_seed=split["seed"],
             validation_path=self.validation,
@@ -163,7 +168,7 @@ class _Reading:
             len(data.train),
             len(data.validation),
             None if data.test is None else len(data.test),
-            True if self.validation or loaded.validation else None,
+            True if self.validation or held_out(loaded.validation) else None,
             None if self.validation else self.split(loaded, config),
         )
         batch_size = config.examples_a_step(len(data.train))
@@ -178,7 +183,7 @@ class _Reading:
 
     def _notes(self, loaded: "Loaded", data: "DataSet") -> tuple[str, ...]:
         """What the user must know of how the data were read."""
-        if self.normalisation or loaded.input:
+        if told_normalisation(self.normalisation, loaded.input):
             return ()
         return (guessed_normalisation(data.input),)
 
@@ -207,9 +212,9 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
     console = Console(quiet=not main)
     _print_start(console, file, loaded, sources, config)
     workplace, tracker = Workplace(out / STATE, ways.resume), None
-    if ways.track and main:
-        tracker = open_tracker(ways.track, out.name, out / TRACKING, config.model_dump(mode="json"))
     try:
+        if ways.track and main:
+            tracker = open_tracker(ways.track, out.name, out / TRACKING, config.model_dump(mode="json"))
         with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
             listener = Listeners([progress, tracker]) if tracker else progress
             workplace = replace(workplace, listener=listener)
