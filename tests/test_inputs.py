@@ -1,5 +1,6 @@
 """Networks that take several inputs, a dict, or token ids, the whole way: fit, cut, ONNX, reload."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vbdcompress.conversion import convert
 from vbdcompress.count import measure_size
 from vbdcompress.errors import DataError
 from vbdcompress.inputs import call, first, resize, shapes_of, tensors_of
+from vbdcompress.reporting.html import write_snippet
 from vbdcompress.slimming import slim
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
@@ -89,7 +91,9 @@ CASES: dict[str, tuple[type[nn.Module], Any, Any, Any]] = {
 
 @pytest.mark.parametrize("mode", ["channels", "weights"])
 @pytest.mark.parametrize("name", CASES)
-def test_several_inputs_go_the_whole_way(name: str, mode: str, tmp_path: Path) -> None:
+def test_several_inputs_go_the_whole_way(
+    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build, batches, unpack, names = CASES[name]
     loader = Loader(batches())
     model = build().eval()
@@ -116,6 +120,13 @@ def test_several_inputs_go_the_whole_way(name: str, mode: str, tmp_path: Path) -
     named = inputs if isinstance(inputs, dict) else dict(zip(["input_0", "input_1"], inputs, strict=True))
     (found,) = session.run(None, {key: tensor.numpy() for key, tensor in named.items()})
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+    rows = {row["name"]: (row["shape"], row["dtype"]) for row in result.report["inputs"]}
+    told = {key: (list(tensor.shape[1:]), str(tensor.dtype)[6:]) for key, tensor in named.items()}
+    assert rows == told
+    monkeypatch.chdir(tmp_path)
+    ran: dict[str, Any] = {}
+    exec(write_snippet(json.loads((tmp_path / "report.json").read_text())), ran)
+    assert ran["output"].shape == (1, 3)
 
 
 def test_heads_and_hidden_units_of_a_network_of_tokens_go() -> None:

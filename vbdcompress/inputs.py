@@ -18,6 +18,14 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
+def names_of(inputs: Inputs, name: str) -> list[str]:
+    """What an ONNX file calls them: a dict's own names, `name` for one, else `name` with a number."""
+    if isinstance(inputs, Mapping) and all(isinstance(item, Tensor) for item in inputs.values()):
+        return [str(key) for key in inputs]
+    count = len(tensors_of(inputs))
+    return [name] if count == 1 else [f"{name}_{number}" for number in range(count)]
+
+
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """What one of torch's layers is called with: its first argument, by place or by name."""
     given = args[0] if args else kwargs["input"]

@@ -20,7 +20,16 @@ from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.errors import ExportError
 from vbdcompress.exporting.packing import FOLDED, Storage, pack_, rebuilding_graph
 from vbdcompress.files import replacing
-from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, resize, shapes_of, tensors_of
+from vbdcompress.inputs import (
+    Inputs,
+    call,
+    in_eval_mode,
+    map_tensors,
+    names_of,
+    resize,
+    shapes_of,
+    tensors_of,
+)
 from vbdcompress.records import ExportCheck, PackedTensor
 from vbdcompress.rounding import Array, Rounded
 
@@ -137,7 +146,7 @@ def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelPr
                 model if bare else _OfTensors(model, samples),
                 tuple(tensors),
                 dynamo=True,
-                input_names=_input_names(samples, input_name),
+                input_names=names_of(samples, input_name),
                 output_names=["output"],
                 dynamic_shapes=shapes if bare else (shapes,),
                 external_data=False,
@@ -170,13 +179,6 @@ class _OfTensors(nn.Module):
     def forward(self, *tensors: Tensor) -> Any:
         given = iter(tensors)
         return tuple(flatten_output(call(self.model, map_tensors(self.inputs, lambda _: next(given)))))
-
-
-def _input_names(samples: Inputs, name: str) -> list[str]:
-    if isinstance(samples, Mapping) and all(isinstance(item, Tensor) for item in samples.values()):
-        return [str(key) for key in samples]
-    count = len(tensors_of(samples))
-    return [name] if count == 1 else [f"{name}_{number}" for number in range(count)]
 
 
 def _strip_metadata(proto: onnx.ModelProto) -> None:

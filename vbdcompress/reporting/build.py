@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vbdcompress.attention import Opened, open_attention_
 from vbdcompress.count import layer_sizes, uncounted_ops
-from vbdcompress.inputs import Inputs, example_shape
+from vbdcompress.inputs import Inputs, example_shape, names_of, tensors_of
 from vbdcompress.precision import Rounding
 from vbdcompress.records import (
     CurvePoint,
@@ -127,6 +127,7 @@ def report(
     errors = context.errors
     before, after = sizes
     final = None if errors is None else errors.test_after
+    spec = context.input or InputSpec(example_shape(example))
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -138,7 +139,8 @@ def report(
         "config": dict(context.config),
         "seed": context.config.get("seed"),
         "seconds": context.seconds,
-        "input": asdict(context.input or InputSpec(example_shape(example))),
+        "input": asdict(spec),
+        "inputs": _input_rows(example, spec),
         "data": None if context.data is None else asdict(context.data),
         "warnings": list(context.warnings),
         "error": final if final is not None or errors is None else errors.validation_after,
@@ -158,6 +160,19 @@ def report(
         "export": None,
         "files": [],
     }
+
+
+def _input_rows(example: Inputs, spec: InputSpec) -> list[dict[str, Any]]:
+    """What model.onnx takes: name, shape of one example and type of each input."""
+    rows = zip(names_of(example, spec.name), tensors_of(example), strict=True)
+    return [
+        {
+            "name": name,
+            "shape": list(tensor.shape[1:]),
+            "dtype": "uint8" if spec.embedded else str(tensor.dtype).removeprefix("torch."),
+        }
+        for name, tensor in rows
+    ]
 
 
 def with_export(content: Mapping[str, Any], check: ExportCheck, latency: Sequence[Latency]) -> dict[str, Any]:

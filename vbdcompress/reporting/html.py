@@ -98,24 +98,25 @@ def write_snippet(report: Mapping[str, Any]) -> str:
     """Python that feeds the ONNX file as the network was trained: a batch of one, normalised."""
     spec = report["input"]
     file = next((name for name in report["files"] if name.endswith(".onnx")), "model.onnx")
-    shape = ", ".join(str(length) for length in [1, *spec["shape"]])
     embedded = spec.get("embedded")
+    alone = {**spec, "dtype": "uint8" if embedded else "float32"}
+    inputs = report.get("inputs") or [alone]  # of a report that does not list them
     told = "normalised as in training"
     if spec["mean"]:
         told = "pixels from 0 to 255" if embedded else "values scaled to [0, 1]"
-    lines = [
-        "import numpy as np, onnxruntime",
-        "",
-        f"# your batch, {told}",
-        f"x = np.zeros(({shape}), np.{'uint8' if embedded else 'float32'})",
-    ]
+    lines = ["import numpy as np, onnxruntime", "", f"# your batch, {told}"]
+    names = ["x"] if len(inputs) == 1 else [f"x{number}" for number in range(len(inputs))]
+    for name, row in zip(names, inputs, strict=True):
+        shape = ", ".join(str(length) for length in [1, *row["shape"]])
+        lines.append(f"{name} = np.zeros(({shape}{',' if not row['shape'] else ''}), np.{row['dtype']})")
     if spec["mean"] and not embedded:
         for name in ("mean", "std"):
             values = ", ".join(f"{value:.6g}" for value in spec[name])
             lines.append(f"{name} = np.reshape([{values}], (-1{', 1' * (len(spec['shape']) - 1)}))")
         lines.append("x = ((x - mean) / std).astype(np.float32)")
     lines.append(f"session = onnxruntime.InferenceSession({json.dumps(file)})")
-    lines.append(f"output = session.run(None, {{{json.dumps(spec['name'])}: x}})[0]")
+    given = ", ".join(f"{json.dumps(row['name'])}: {name}" for name, row in zip(names, inputs, strict=True))
+    lines.append(f"output = session.run(None, {{{given}}})[0]")
     if report["data"] and report["data"]["classes"]:
         lines.append("best = output.argmax(axis=1)  # index of the class")
     return "\n".join(lines)
