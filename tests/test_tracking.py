@@ -104,3 +104,15 @@ def test_a_tracker_that_can_t_start_is_named(tmp_path: Path) -> None:
             track("mlflow", tmp_path)
     finally:
         mlflow.set_tracking_uri(before)
+
+
+def test_a_run_whose_tracker_can_t_start_leaves_no_folder(
+    tmp_path: Path, zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("tracker", "no login.")
+
+    monkeypatch.setattr("vbdcompress.tracking.open_tracker", refuse)
+    with pytest.raises(SystemExit):
+        main(["run", str(zoo / "digits.pt"), "--out", str(tmp_path / "out"), "--track", "wandb"])
+    assert not (tmp_path / "out").exists()
