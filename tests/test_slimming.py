@@ -72,3 +72,10 @@ def test_reestimate_batch_norm_takes_the_data_s_own_statistics():
     assert torch.allclose(model[0].running_var, batch_variances.mean(0), atol=1e-5)
     assert model[0].momentum == 0.1
     assert not model[0].training
+
+
+def test_reestimate_batch_norm_stops_when_it_has_seen_enough():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    data = 5 + 2 * torch.randn(400, 3)
+    reestimate_batch_norm_(model, [(part, None) for part in data.split(100)], examples=150)
+    assert torch.allclose(model[0].running_mean, data[:200].mean(0), atol=1e-5)

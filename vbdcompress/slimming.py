@@ -14,7 +14,7 @@ from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, call, map_tensors
+from vbdcompress.inputs import Inputs, batch_size, call, map_tensors
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
@@ -27,7 +27,9 @@ CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
 # noise does not travel on to 3. On every network of the zoo the validation error is flat from 3 down to 0, in
 # both modes (the curves in exports/*/report.json), and rises soon below.
 DEFAULT_THRESHOLD = 0.0
-BATCH_NORM_BATCHES = 50
+# For the statistics of batch norm: of a network that stays, and of each of the curve's many
+STATISTICS_EXAMPLES = 10_000
+CURVE_EXAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,13 @@ def _group_row(group: Any, plan: RemovalPlan) -> GroupRow:
 
 @torch.no_grad()
 def reestimate_batch_norm_(
-    model: nn.Module, loader: Iterable[Any], batches: int = BATCH_NORM_BATCHES
+    model: nn.Module, loader: Iterable[Any], examples: int = STATISTICS_EXAMPLES
 ) -> None:
     """Take batch norm's running statistics anew, in place: those of the fit were taken under noise.
 
     Args:
-        loader: training batches, (input, target); at most `batches` of them are used.
+        loader: training batches, (input, target).
+        examples: batches are taken until they hold as many.
     """
     norms = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
@@ -196,11 +199,12 @@ def reestimate_batch_norm_(
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
         norm.train()
-    device = device_of(model)
-    for number, (inputs, _) in enumerate(loader):
-        if number == batches:
-            break
+    device, seen = device_of(model), 0
+    for inputs, _ in loader:
         call(model, to_device(inputs, device))
+        seen += batch_size(inputs)
+        if seen >= examples:
+            break
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

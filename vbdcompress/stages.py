@@ -19,7 +19,9 @@ from vbdcompress.precision import Rounding, round_model_
 from vbdcompress.records import TIE, CurvePoint, EpochRow, Selection, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
+    CURVE_EXAMPLES,
     DEFAULT_THRESHOLD,
+    STATISTICS_EXAMPLES,
     Slim,
     measure_curve,
     posterior_sigma,
@@ -109,9 +111,9 @@ class StageRunner:
         """Error on the validation set in percent."""
         return self.error(model, self.sources.validation)
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, examples: int = CURVE_EXAMPLES) -> None:
         """Take batch norm's statistics anew on training data, without noise, in place."""
-        reestimate_batch_norm_(model.to(self.device), self.sources.train)
+        reestimate_batch_norm_(model.to(self.device), self.sources.train, examples)
 
     def rounds(self, model: nn.Module, samples: Inputs, baseline: float) -> list[StageResult]:
         """All rounds, one after the other; the last one's network is the run's."""
@@ -149,7 +151,7 @@ class StageRunner:
         curve, selection, slimmed = choose(
             candidates, round_budget(self.config, number, self.original), baseline
         )
-        self.prepare(slimmed.model)
+        self.prepare(slimmed.model, STATISTICS_EXAMPLES)
         record = self._record(converted, slimmed, number, epochs, curve, selection)
         return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
 
