@@ -42,7 +42,8 @@ def export(
         data: name of the data set.
         input: name, shape and normalisation of the inputs; None takes the samples' shape. Where it is
             embedded, model.onnx normalises by itself and takes pixels from 0 to 255.
-        validation: {"fraction", "seed"} of the split that was held out.
+        validation: {"fraction", "seed"} of the validation split, with "held_out": False where training may
+            have seen it.
         storage: see `export_onnx`.
     Raises:
         ExportError: see `export_onnx`; then neither file is written.
@@ -85,7 +86,8 @@ def file_properties(
     """What a model.onnx says of itself, for who has nothing else.
 
     Args:
-        validation: {"fraction", "seed"} of the split that was held out.
+        validation: {"fraction", "seed"} of the validation split, with "held_out": False where training may
+            have seen it.
         error: in percent, and the name of the set.
     """
     told = {

@@ -33,7 +33,8 @@ class SlimFile:
         architecture, arguments: how the original network is built; None where it was the user's object.
         data: name of the data set; None where it was the user's loader.
         input: shape and normalisation.
-        validation: {"fraction", "seed"} of the split that was held out; None where nobody says.
+        validation: {"fraction", "seed"} of the validation split, with "held_out": False where training may
+            have seen it; None where nobody says.
     """
 
     plans: tuple[RemovalPlan, ...]
