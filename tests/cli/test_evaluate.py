@@ -80,19 +80,24 @@ def test_evaluate_of_the_zoo_prints_the_error_before(cli, finished, zoo):
         assert json.loads(out)["error"] == pytest.approx(told[split]["before"], abs=1e-9)
 
 
-def test_evaluate_guesses_aloud_where_a_file_says_the_shape_alone(cli, tmp_path, zoo):
-    loaded = load(zoo / "digits.pt")
-    dataset = load_data("digits")
+def export_from_python(zoo, folder, spec):
+    """What `compress` makes of the digits' network; `spec` None: nobody says how inputs are normalised."""
+    dataset = load_data("digits", normalisation=spec)
     result = compress(
-        loaded.model,
+        load(zoo / "digits.pt").model,
         dataset.train_batches(48, seed=0),
         validation=dataset.validation_batches(),
         test=dataset.test_batches(),
+        input=None if spec is None else dataset.input,
         mode="channels",
         epochs=1,
         finetune_epochs=0,
     )
-    result.export(tmp_path)
+    result.export(folder)
+
+
+def test_evaluate_guesses_aloud_where_a_file_says_the_shape_alone(cli, tmp_path, zoo):
+    export_from_python(zoo, tmp_path, None)
     for name in ("model.onnx", "slim.safetensors"):
         code, _, err = cli("evaluate", tmp_path / name, "--data", "digits", "--arch", "digits")
         assert (code, "does not say how its inputs were normalised" in err) == (0, True)
@@ -103,26 +108,14 @@ def test_evaluate_takes_validation_data_of_the_user_s_own(cli, tmp_path, zoo):
     held = dataset.validation
     images = (held.inputs * dataset.input.std[0] + dataset.input.mean[0]) * 255
     np.savez(tmp_path / "held.npz", images=images.round().byte().numpy(), labels=(held.labels + 1) % 10)
-    given = ["evaluate", zoo / "digits.pt", "--split", "validation", "--json"]
-    code, out, err = cli(*given, "--validation", tmp_path / "held.npz")
+    given = ["--validation", tmp_path / "held.npz", "--json"]
+    code, out, err = cli("evaluate", zoo / "digits.pt", *given)
     assert (code, err) == (0, "")
     assert json.loads(out)["error"] > 90  # its labels are shifted
 
 
 def test_evaluate_builds_a_slim_file_with_the_arguments_given(cli, tmp_path, zoo):
-    loaded = load(zoo / "digits.pt")
-    dataset = load_data("digits", normalisation=loaded.input)
-    result = compress(
-        loaded.model,
-        dataset.train_batches(48, seed=0),
-        validation=dataset.validation_batches(),
-        test=dataset.test_batches(),
-        input=dataset.input,
-        mode="channels",
-        epochs=1,
-        finetune_epochs=0,
-    )
-    result.export(tmp_path)
+    export_from_python(zoo, tmp_path, load(zoo / "digits.pt").input)
     code = "from vbdcompress.architectures import build_architecture\ndef build(kind):\n"
     (tmp_path / "mine.py").write_text(code + "    return build_architecture(kind)\n")
     given = ["--arch", f"{tmp_path / 'mine.py'}:build", "--arch-arg", "kind=digits", "--data", "digits"]
@@ -130,3 +123,15 @@ def test_evaluate_builds_a_slim_file_with_the_arguments_given(cli, tmp_path, zoo
     assert cli("run", tmp_path / "slim.safetensors", "--out", tmp_path / "again", *given, *QUICK)[0] == 0
     again = load(tmp_path / "again" / "slim.safetensors", arch=given[1])
     assert (again.architecture, again.arguments) == (given[1], {"kind": "digits"})
+
+
+@pytest.mark.parametrize("command", [["evaluate", "ZOO"], ["train", "lenet5", "--out", "OUT"]])
+def test_a_network_that_fails_on_the_data_is_one_clear_paragraph(cli, zoo, tmp_path, command):
+    np.savez(tmp_path / "set.npz", images=np.zeros((60, 13, 13), np.uint8), labels=np.arange(60) % 10)
+    given = {"ZOO": zoo / "digits.pt", "OUT": tmp_path / "net.pt"}
+    data = ["--data", tmp_path / "set.npz", "--mean", "0", "--std", "1"]
+    extra = ["--split", "validation"] if command[0] == "evaluate" else []
+    code, _, err = cli(*[given.get(item, item) for item in command], *data, *extra)
+    assert code == 1
+    assert "fails on" in err
+    assert "Traceback" not in err

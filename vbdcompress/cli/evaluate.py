@@ -30,7 +30,11 @@ _SEEN = (
 @click.command("evaluate", short_help="Measure the error of a file.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
-@click.option("--validation", metavar="PATH", help="Folder or .npz of validation data of your own.")
+@click.option(
+    "--validation",
+    metavar="PATH",
+    help="Folder or .npz of data of your own to measure on: the validation split then.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @model_options
@@ -64,6 +68,7 @@ def command(
 
     if file.is_dir():
         file = file / "model.onnx"
+    split = "validation" if validation else split
     network = _open_network(file, arch, parse_arch_args(arch_args), unsafe_pickle)
     name = data or network.data
     if name is None:
