@@ -111,7 +111,9 @@ def test_evaluate_takes_validation_data_of_the_user_s_own(cli, tmp_path, zoo):
     given = ["--validation", tmp_path / "held.npz", "--json"]
     code, out, err = cli("evaluate", zoo / "digits.pt", *given)
     assert (code, err) == (0, "")
-    assert json.loads(out)["error"] > 90  # its labels are shifted
+    found = json.loads(out)
+    assert found["error"] > 90  # its labels are shifted
+    assert (found["split"], found["data"]) == ("validation", str(tmp_path / "held.npz"))
 
 
 def test_evaluate_builds_a_slim_file_with_the_arguments_given(cli, tmp_path, zoo):

@@ -92,6 +92,7 @@ def command(
     if batches is None:
         raise DataError(f"data set '{name}'", "has no test part.", "--split validation")
     error = network.error(batches)
+    name = validation or name  # what was measured on
     told = f"{file.name} on {name}: {error:.2f} % {split} error ({batches.num_examples:,} examples)"
     found = {"file": file.name, "data": name, "split": split, "error": error}
     click.echo(json.dumps(found) if as_json else told)
