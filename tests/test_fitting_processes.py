@@ -220,7 +220,11 @@ def test_fit_with_devices_2_equals_one_process(script: Path, expected: list[list
     ("how", "found"),
     [
         ("killed", "processes: process 0 of 2 lost another one: it has ended or failed."),
-        ("elsewhere", "resume: process 1 found a checkpoint of 0 epochs, other processes of others."),
+        pytest.param(
+            "elsewhere",
+            "resume: process 1 found a checkpoint of 0 epochs, other processes of others.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_fit_says_that_a_process_is_lost(script: Path, how: str, found: str) -> None:

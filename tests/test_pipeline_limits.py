@@ -27,7 +27,7 @@ def data(zoo):
 @pytest.mark.parametrize(
     ("bits", "seed", "allowed", "used"),
     [
-        ("8", 1, 12_000, 0.93),
+        pytest.param("8", 1, 12_000, 0.93, marks=pytest.mark.slow),
         ("auto", 0, 8_455, 0.75),
         pytest.param("32", 0, 30_000, 0.95, marks=pytest.mark.slow),
         pytest.param("auto", 1, 10_000, 0.75, marks=pytest.mark.slow),

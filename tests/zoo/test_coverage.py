@@ -16,7 +16,7 @@ SAMPLE = [
     ("torchvision:mobilenet_v3_small", "channels"),
     pytest.param("torchvision:regnet_y_400mf", "channels", marks=pytest.mark.slow),
     pytest.param("torchvision:shufflenet_v2_x0_5", "channels", marks=pytest.mark.slow),
-    ("timm:deit_tiny_patch16_224", "weights"),
+    pytest.param("timm:deit_tiny_patch16_224", "weights", marks=pytest.mark.slow),
     ("detection:resnet18_fpn", "channels"),
 ]
 
