@@ -134,6 +134,17 @@ def test_convert_leaves_inputs_and_outputs_of_a_skipped_layer_in_channels_mode()
     assert {p.name for p in find_posteriors(converted.model)} == {"0", "3"}
 
 
+@pytest.mark.parametrize("name", ["1", "2"])
+def test_convert_skips_what_stands_between_two_layers(name):
+    depthwise, norm = nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)
+    rest = (nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), depthwise, norm, nn.ReLU(), *rest)
+    converted = convert(model, torch.randn(2, 1, 12, 12), "channels", skip=[name])
+    whole = {group.name: group.whole_because for group in converted.scan.groups}
+    assert whole["0"] == f"'{name}' is skipped as asked"
+    assert whole["4"] is None
+
+
 def test_convert_multiplies_a_channel_s_gate_and_its_features_own():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     converted = convert(model, torch.randn(2, 1, 4, 4), "channels", prune_inputs=True)

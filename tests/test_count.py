@@ -75,3 +75,11 @@ def test_a_network_without_gradients_uses_all_it_has():
             return super().forward(x).argmax(1)
 
     assert unused_parameters(Rounded(4, 6), torch.randn(2, 4)) == frozenset()
+
+
+def test_a_module_with_two_names_keeps_its_parameters():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.add_module("again", model[0])
+    assert unused_parameters(model, torch.randn(2, 4)) == frozenset()
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert len(list(model.parameters())) == 2

@@ -281,6 +281,7 @@ def _why_left(
 
 def _leave_skipped(groups: Sequence[ChannelGroup], skip: Sequence[str]) -> Iterator[ChannelGroup]:
     for group in groups:
-        touched = [m.layer for m in (*group.writers, *group.readers) if matches_skip(m.layer, skip)]
+        members = (*group.writers, *group.readers, *group.between)
+        touched = [member.layer for member in members if matches_skip(member.layer, skip)]
         asked = group.whole_because is None and touched
         yield group.whole(f"'{touched[0]}' is skipped as asked") if asked else group

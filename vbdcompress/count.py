@@ -1,5 +1,6 @@
 """Parameters, nonzeros, multiply-accumulates and bytes of a network."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +46,8 @@ def layer_sizes(model: nn.Module, example: Inputs) -> tuple[LayerSize, ...]:
 
 def unused_parameters(model: nn.Module, example: Inputs) -> frozenset[str]:
     """Names of parameters that no output depends on, such as an auxiliary head's: no ONNX file holds them."""
+    # functional_call leaves plain tensors in a module that has two names
+    model = copy.deepcopy(model)
     named = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
     given = to_device(example, device_of(model))
