@@ -203,8 +203,9 @@ class StageRunner:
         return {"share": self.config.distill_share, "temperature": self.config.temperature}
 
     def finetune(self, model: nn.Module) -> tuple[EpochRow, ...]:
-        """Ordinary training of the slim network, in place; weights that are 0 stay 0."""
-        if not self.config.finetune_epochs:
+        """Ordinary training of the slim network, in place; zeros stay 0, and what is frozen as it is."""
+        frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        if frozen or not self.config.finetune_epochs:
             return ()
         config = self.config.model_copy(
             update={
