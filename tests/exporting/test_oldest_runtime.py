@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from .exported import CASES, export_case, run_here
@@ -39,8 +40,9 @@ def test_oldest_onnxruntime_gets_the_same_logits(bits: int, embedded: bool, tmp_
 
 @pytest.mark.parametrize("path", sorted(EXPORTS.glob("*/model.onnx")), ids=lambda path: path.parent.name)
 def test_oldest_onnxruntime_takes_the_examples(path: Path, tmp_path: Path) -> None:
-    size = 8 if path.parent.name.startswith("digits") else 28
-    given = np.random.default_rng(0).standard_normal((3, 1, size, size)).astype(np.float32)
+    dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    shape = (3, *(dim.dim_value for dim in dims[1:]))
+    given = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     expected = run_here(path, given)
     found = run_oldest(path, given, tmp_path)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
