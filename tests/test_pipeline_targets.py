@@ -99,3 +99,75 @@ def test_a_network_that_is_frozen_is_compressed_and_not_fine_tuned():
     found = compress(frozen, batches, validation=batches, test=batches, epochs=1)
     assert found.report["finetune"] == []
     assert not any(parameter.requires_grad for parameter in found.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("last", "outputs", "named", "message"),
+    [
+        ([nn.Softmax(1)], 10, {}, "gives probabilities .* cross entropy needs logits"),
+        (
+            [nn.Softmax(1)],
+            10,
+            {"distill": 0.5, "loss": nn.functional.nll_loss},
+            "gives probabilities .* dist",
+        ),
+        ([], 1, {}, "gives one number for an example, cross entropy needs"),
+        (
+            [],
+            1,
+            {"distill": 0.5, "loss": nn.functional.mse_loss, "metric": nn.functional.l1_loss},
+            "gives one number for an example, distillation needs",
+        ),
+    ],
+)
+def test_outputs_that_are_no_logits_are_refused_at_once(last, outputs, named, message):
+    model, batches = batches_of(torch.zeros(32, dtype=torch.int64), outputs)
+    with pytest.raises(DataError, match=message):
+        compress(nn.Sequential(model, *last), batches, validation=batches, epochs=1, **named)
+
+
+def test_log_probabilities_are_logits():
+    model, batches = batches_of(torch.arange(64) % 10)
+    model = nn.Sequential(model, nn.LogSoftmax(1))
+    found = compress(model, batches, validation=batches, test=batches, epochs=1, finetune_epochs=0)
+    assert len(found.report["stages"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda output, target: (output.argmax(1) != target).float().mean(), r"an error for each example"),
+        (lambda output, target: 3.0 * (output.argmax(1) >= 0), "errors from 3 to 3, allowed are 0 to 1"),
+    ],
+)
+def test_metrics_are_tried_before_the_fit(metric, message):
+    model, batches = batches_of(torch.arange(64) % 10)
+    with pytest.raises(DataError, match=message):
+        compress(model, batches, validation=batches, metric=metric, epochs=1)
+
+
+def test_a_label_below_0_is_refused():
+    model, batches = batches_of(torch.arange(64) % 10 - 1)
+    with pytest.raises(DataError, match="labels from -1, allowed are 0 to 9"):
+        compress(model, batches, validation=batches, epochs=1)
+
+
+class TwoHeads(nn.Module):
+    """With an auxiliary head in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(64, 16), nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, images):
+        hidden = self.body(images.flatten(1)).relu()
+        return (self.head(hidden), self.aux(hidden)) if self.training else self.head(hidden)
+
+
+@pytest.mark.parametrize("distill", [0.0, 1.0])
+def test_auxiliary_heads_are_named(distill):
+    batches = batches_of(torch.arange(64) % 10)[1]
+    with pytest.raises(DataError, match="gives a tuple in training mode"):
+        compress(
+            TwoHeads(), batches, validation=batches, test=batches, mode="weights", epochs=1, distill=distill
+        )

@@ -12,7 +12,7 @@ from vbdcompress.attention import open_attention_
 from vbdcompress.compilation import compile_
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
-from vbdcompress.evaluation import Loss
+from vbdcompress.evaluation import Loss, one_head
 from vbdcompress.inputs import in_eval_mode
 
 AT_ONCE = 1000
@@ -35,9 +35,12 @@ class DistillationLoss:
         self.loss, self.share, self.temperature = loss, share, temperature
 
     def __call__(self, output: Tensor, target: tuple[Any, Tensor]) -> Tensor:
-        """Scalar, nats per example; output [batch, classes, ...], target (labels, teacher's output)."""
+        """Scalar, nats per example; output [batch, classes, ...], target (labels, teacher's output).
+
+        Raises DataError where the output is no tensor.
+        """
         labels, taught = target
-        network = F.log_softmax(output / self.temperature, 1)
+        network = F.log_softmax(one_head(output) / self.temperature, 1)
         teacher = F.log_softmax(taught.to(network.dtype) / self.temperature, 1)
         divergence = F.kl_div(network, teacher, reduction="none", log_target=True).sum(1).mean()
         distilled = self.share * divergence

@@ -20,13 +20,19 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     Raises:
         DataError: the output is no tensor: several heads need a loss of the user's own.
     """
-    if not isinstance(output, Tensor):
-        raise DataError(
-            "network",
-            f"gives a {type(output).__name__} in training mode, cross entropy needs logits [batch, classes].",
-            "Switch auxiliary heads off (aux_logits=False), or pass a loss: compress(..., loss=)",
-        )
-    return F.cross_entropy(output, target)
+    return F.cross_entropy(one_head(output), target)
+
+
+def one_head(output: Any) -> Tensor:
+    """The output itself. Raises DataError where it is no tensor: in training, auxiliary heads give several."""
+    if isinstance(output, Tensor):
+        return output
+    raise DataError(
+        "network",
+        f"gives a {type(output).__name__} in training mode; cross entropy and distillation need logits "
+        "[batch, classes].",
+        "Switch auxiliary heads off (aux_logits=False), or pass a loss: compress(..., loss=, distill=0)",
+    )
 
 
 def top1_error(output: Tensor, target: Tensor) -> Tensor:

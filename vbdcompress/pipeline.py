@@ -31,7 +31,15 @@ from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
-from vbdcompress.sources import Sources, check_labels, first_batch, try_on, warnings_of
+from vbdcompress.sources import (
+    Sources,
+    check_labels,
+    check_logits,
+    first_batch,
+    try_loss,
+    try_metric,
+    warnings_of,
+)
 from vbdcompress.stages import Judge, Origin, StageRunner
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
@@ -221,13 +229,16 @@ def _check(
         )
     if config.int8 and len(_outputs(model, first(samples, 2))) != 1:
         raise ConfigError("int8", "is for networks with one output.")
-    if judge.loss is cross_entropy:
-        check_labels(model, first(samples, 2), target, sources)
-    if judge.loss is cross_entropy and config.distill_share < 1:
-        try_on(model, sources.train, "training", judge.loss)
-    try_on(model, sources.validation, "validation", judge.metric)
+    by_label = judge.loss is cross_entropy
+    if by_label or judge.follows(config):
+        output = check_logits(model, samples, by_label=by_label)
+        if by_label:
+            check_labels(output, target, sources)
+    if by_label and config.distill_share < 1:
+        try_loss(model, sources.train, judge.loss)
+    try_metric(model, sources.validation, "validation", judge.metric)
     if sources.test is not None:
-        try_on(model, sources.test, "test", judge.metric)
+        try_metric(model, sources.test, "test", judge.metric)
 
 
 def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """The data of a run: what it must be, and what a reader of the report must know of it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from vbdcompress.inputs import Inputs, call, in_eval_mode, tensors_of
 from vbdcompress.records import InputSpec
 from vbdcompress.reporting.build import DataRecord
 
+# Of a sum of probabilities, in float32 or coarser
+PROBABILITY = 1e-3
 # What users' own raise on targets that they were not made for
 JUDGE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
@@ -89,13 +91,43 @@ def _describe(batch: Any) -> str:
     return f"{kind}s of {len(batch)}" if isinstance(batch, tuple | list | dict) else f"{kind}s"
 
 
-def try_on(model: nn.Module, batches: Iterable[Any], part: str, judge: Loss | Metric) -> None:
-    """Judge the first batch of a part as the run will. Raises DataError where that fails.
+def try_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
+    """Take the loss of the first training batch as the fit will. Raises DataError where that fails."""
+
+    def check(_output: Any, _target: Any, found: Any) -> None:
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            raise ValueError(f"it gives {_describe_target(found)}, allowed is the mean, one number")
+
+    _try_on(model, batches, "training", loss, check)
+
+
+def try_metric(model: nn.Module, batches: Iterable[Any], part: str, metric: Metric) -> None:
+    """Measure the first batch of a part as the run will. Raises DataError where that fails.
 
     Args:
-        part: "training", "validation" or "test".
-        judge: a loss, or a metric.
+        part: "validation" or "test".
     """
+
+    def check(output: Any, target: Any, errors: Any) -> None:
+        if metric is top1_error and (target.is_floating_point() or target.shape != errors.shape):
+            raise ValueError(f"classes are whole numbers of shape {list(output.argmax(1).shape)}")
+        if not isinstance(errors, Tensor) or not errors.dim():
+            raise ValueError(f"it gives {_describe_target(errors)}, allowed is an error for each example")
+        if not bool(((errors >= 0) & (errors <= 1)).all()):
+            low, high = float(errors.min()), float(errors.max())
+            raise ValueError(f"it gives errors from {low:g} to {high:g}, allowed are 0 to 1")
+
+    _try_on(model, batches, part, metric, check)
+
+
+def _try_on(
+    model: nn.Module,
+    batches: Iterable[Any],
+    part: str,
+    judge: Loss | Metric,
+    check: Callable[[Any, Any, Any], None],
+) -> None:
+    """Judge the first batch of a part; `check` raises ValueError on what may not come of it."""
     inputs, target = first_batch(batches, f"the {part} loader")
     inputs, target = to_device((inputs, target), device_of(model))
     kind = getattr(judge, "__name__", type(judge).__name__)
@@ -103,9 +135,7 @@ def try_on(model: nn.Module, batches: Iterable[Any], part: str, judge: Loss | Me
     with in_eval_mode(model), torch.no_grad():
         output = call(model, inputs)
         try:
-            errors = judge(output, target)
-            if judge is top1_error and (target.is_floating_point() or target.shape != errors.shape):
-                raise ValueError(f"classes are whole numbers of shape {list(output.argmax(1).shape)}")
+            check(output, target, judge(output, target))
         except JUDGE_ERRORS as error:
             raise DataError(
                 f"the {part} loader", f"yields targets of {_describe_target(target)}; {kind}: {error}", advice
@@ -116,17 +146,41 @@ def _describe_target(target: Any) -> str:
     return _shape_of(target) if isinstance(target, Tensor) else _describe(target)
 
 
-def check_labels(model: nn.Module, samples: Inputs, target: Any, sources: Sources) -> None:
-    """Raise DataError where cross entropy can't be: of `target`, or of a set that is in memory."""
+def check_logits(model: nn.Module, samples: Inputs, *, by_label: bool) -> Tensor:
+    """The network's output on the samples, [batch, classes] logits or [batch, classes, ...].
+
+    Args:
+        by_label: for cross entropy; else for distillation alone, where there may be more dimensions.
+    Raises:
+        DataError: it is no logits: another shape, one column, or probabilities already.
+    """
     with in_eval_mode(model), torch.no_grad():
         output = call(model, samples)
-    if not isinstance(output, Tensor) or output.dim() != 2:
+    what = "cross entropy" if by_label else "distillation"
+    advice = "From Python, pass your own: compress(..., loss=, metric=, distill=0)"
+    if not isinstance(output, Tensor) or output.dim() < 2 or (by_label and output.dim() > 2):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise DataError("network", f"gives {found}, {what} needs logits [batch, classes].", advice)
+    if output.shape[1] == 1:
+        told = f"gives one number for an example, {what} needs a logit for each of two classes or more."
+        raise DataError("network", told, advice)
+    sums = output.double().sum(1)
+    if bool((output >= 0).all()) and bool((sums - 1).abs().max() < PROBABILITY):
         raise DataError(
             "network",
-            f"gives {tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__}, "
-            "cross entropy needs logits [batch, classes].",
-            "From Python, pass your own: compress(..., loss=, metric=)",
+            f"gives probabilities (each example's outputs sum to 1), {what} needs logits: a softmax of a "
+            "softmax forgets what was learned.",
+            "Leave the last softmax out of the network, and apply it where the outputs are read.",
         )
+    return output
+
+
+def check_labels(output: Tensor, target: Any, sources: Sources) -> None:
+    """Raise DataError where cross entropy can't be: of `target`, or of a set that is in memory.
+
+    Args:
+        output: [batch, classes], the network's.
+    """
     if isinstance(target, Tensor) and target.is_floating_point():
         if target.dim() != 2 or target.shape[1] != output.shape[1]:
             raise DataError(
@@ -139,9 +193,18 @@ def check_labels(model: nn.Module, samples: Inputs, target: Any, sources: Source
     parts = {"training": sources.train, "validation": sources.validation, "test": sources.test}
     labelled = {part: each.labels for part, each in parts.items() if isinstance(each, TensorBatches)}
     for part, labels in ({"training": target} | labelled).items():
-        if isinstance(labels, Tensor) and labels.numel() and int(labels.max()) >= output.shape[1]:
+        if not isinstance(labels, Tensor) or not labels.numel():
+            continue
+        where = f"data set '{sources.record.name}', {part} part"
+        if int(labels.max()) >= output.shape[1]:
             raise DataError(
-                f"data set '{sources.record.name}', {part} part",
+                where,
                 f"has labels up to {int(labels.max())}, the network has {output.shape[1]} outputs.",
                 "Choose the data set that it was trained on: --data",
+            )
+        if int(labels.min()) < 0:
+            raise DataError(
+                where,
+                f"has labels from {int(labels.min())}, allowed are 0 to {output.shape[1] - 1}.",
+                "Examples without a class: leave them out, or pass a loss and a metric of your own.",
             )

@@ -54,6 +54,10 @@ class Judge:
     loss: Loss = cross_entropy
     metric: Metric = top1_error
 
+    def follows(self, config: RunConfig) -> bool:
+        """Whether the fit follows the original's outputs: those that an own loss reads need not be logits."""
+        return self.loss is cross_entropy if config.distill is None else config.distill > 0
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -98,9 +102,7 @@ class StageRunner:
         device: torch.device,
     ) -> None:
         self.sources, self.config, self.judge = sources.on(device), config, judge
-        # Outputs that a loss of the user's own reads need not be logits
-        follow = judge.loss is cross_entropy if config.distill is None else config.distill > 0
-        self.teacher = teacher if follow else None
+        self.teacher = teacher if judge.follows(config) else None
         self.workplace, self.original, self.files, self.device = workplace, original, files, device
 
     def error(self, model: nn.Module, batches: Iterable[Any]) -> float:
