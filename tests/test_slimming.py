@@ -33,6 +33,22 @@ def test_round_to_keeps_multiples_and_the_most_certain_channels():
     assert [group.kept for group in rounded.groups][:2] == [16, 8]
 
 
+def test_a_round_of_weights_keeps_multiples_of_channels_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 21), nn.ReLU(), nn.Linear(21, 13), nn.ReLU(), nn.Linear(13, 3))
+    converted = convert(model, torch.randn(4, 6), "weights")
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data.fill_(-20.0)
+    for posterior, gone in zip(find_posteriors(converted.model), (10, 2, 0), strict=True):
+        posterior.log_sigma2.data[:gone] = 20.0  # all that writes a channel
+    plain, rounded = slim(converted, 0.0), slim(converted, 0.0, round_to=8)
+    assert [plain.model[n].out_features for n in (0, 2)] == [11, 11]
+    assert [rounded.model[n].out_features for n in (0, 2)] == [16, 13]
+    nonzeros = [sum(int((p != 0).sum()) for p in each.model.parameters()) for each in (plain, rounded)]
+    assert nonzeros[0] == nonzeros[1]
+    assert [group.kept for group in rounded.groups] == [16, 13, 3]
+
+
 def test_measure_curve_shrinks_with_the_threshold_and_starts_whole():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -71,7 +71,7 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
     for fold in (True, False):
         model = replace(converted, model=gated).plain(chosen, round_to)
         try:
-            plan = plan_removal_(model, converted.scan.removable, probes[0], fold=fold)
+            plan = plan_removal_(model, converted.scan.removable, probes[0], fold=fold, round_to=round_to)
             apply_plan_(model, plan)
             difference = _difference(gated, model, probes[1])
         except TRACE_ERRORS as error:

@@ -48,7 +48,12 @@ class _Liveness:
 
 @torch.no_grad()
 def plan_removal_(
-    model: nn.Module, groups: Iterable[ChannelGroup], example: Inputs, *, fold: bool = True
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    example: Inputs,
+    *,
+    fold: bool = True,
+    round_to: int = 1,
 ) -> RemovalPlan:
     """What can be cut from a masked network; folds constants into biases, in place.
 
@@ -58,11 +63,17 @@ def plan_removal_(
         groups: those from which channels may go. The last channel of a group always stays.
         example: a batch of inputs, to measure constants on: as unlike each other as can be.
         fold: whether constants may be folded at all.
+        round_to: of each group as many dead channels stay, now all 0, as make a multiple of this.
     """
     state = _Liveness(model, tuple(groups), example)
     state.removed = {group.name: set() for group in state.groups}
     while _remove_unread(state) or (fold and _fold_constants(state)):
         pass
+    for group in state.groups:
+        gone = state.removed[group.name]
+        kept = group.size - len(gone)
+        wanted = min(group.size, -(-kept // round_to) * round_to)
+        gone -= set(sorted(gone)[: wanted - kept])
     return _plan_from(state)
 
 
