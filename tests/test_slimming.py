@@ -49,6 +49,40 @@ def test_a_round_of_weights_keeps_multiples_of_channels_too():
     assert [group.kept for group in rounded.groups] == [16, 13, 3]
 
 
+class MakesFloats(nn.Module):
+    """Makes tensors in float32, by default and by name, and keeps one that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.turn = torch.eye(5).flip(0)
+        self.scale = torch.linspace(0.5, 2.0, 6).numpy()
+
+    def forward(self, inputs):
+        hidden = self.first(inputs * torch.from_numpy(self.scale)).relu()
+        hidden = torch.baddbmm(hidden, torch.full((len(inputs), 5, 5), 0.1), hidden)
+        hidden = (self.turn @ hidden).float().softmax(1, dtype=torch.float32)
+        found = torch.zeros(len(inputs), 5, 3, dtype=torch.float32)
+        found[..., :3] = self.last(hidden.to(torch.float32))
+        return found
+
+
+@pytest.mark.parametrize("mode", ["weights", "channels"])
+def test_a_network_that_makes_tensors_in_float32_is_cut(mode):
+    model, batch = MakesFloats(), torch.randn(4, 5, 6)
+    converted = convert(model, batch, mode)
+    for posterior in find_posteriors(converted.model):
+        rows = len(posterior.theta)
+        posterior.log_sigma2.data = torch.randn_like(posterior.theta) - 10.0
+        if rows == 16:
+            posterior.log_sigma2.data[:5] = 40.0
+    slimmed = slim(converted, 0.0)
+    assert slimmed.model.last.in_features == 11
+    assert {parameter.dtype for parameter in slimmed.model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(slimmed.model(batch), converted.plain(0.0)(batch))
+
+
 def test_measure_curve_shrinks_with_the_threshold_and_starts_whole():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))

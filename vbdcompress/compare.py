@@ -1,12 +1,15 @@
 """What two networks give, compared: whether one is exactly the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 # Largest |masked - sliced| over the largest |masked|, in float64
 EXACT = 1e-10
@@ -16,6 +19,44 @@ def as_double(tensor: Tensor) -> Tensor:
     """On the CPU; in float64 where it holds floating point numbers."""
     plain = tensor.detach().cpu()
     return plain.double() if plain.is_floating_point() else plain
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Let a network's own code compute in float64: what it makes, or asks for, in float32 is float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Promotion():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Promotion(TorchFunctionMode):
+    """Every float32 that is named is float64; a tensor in float32 beside one in float64 is made one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__:  # our own doing, not the network's
+            return func(*args)  # type: ignore[no-untyped-call]
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args, kwargs = tree_map(lambda item: torch.float64 if item is torch.float32 else item, (args, kwargs))
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        writes = (
+            name in ("__set__", "__setitem__")
+            or (name.endswith("_") and not name.endswith("__"))
+            or "out" in kwargs
+        )
+        found: set[torch.dtype] = set()
+        tree_map(lambda item: found.add(item.dtype) if isinstance(item, Tensor) else None, (args, kwargs))
+        if not writes and {torch.float32, torch.float64} <= found:
+            args, kwargs = tree_map(_promoted, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _promoted(item: Any) -> Any:
+    return item.double() if isinstance(item, Tensor) and item.dtype is torch.float32 else item
 
 
 def flatten_output(output: Any) -> list[Tensor]:

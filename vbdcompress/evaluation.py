@@ -24,7 +24,7 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def one_head(output: Any) -> Tensor:
-    """The output itself. Raises DataError where it is no tensor: in training, auxiliary heads give several."""
+    """The output itself. Raises DataError where it is none: in training, auxiliary heads give several."""
     if isinstance(output, Tensor):
         return output
     raise DataError(

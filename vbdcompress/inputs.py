@@ -75,6 +75,12 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_of(item)]
 
 
+def holds_data(inputs: Inputs) -> Callable[[Tensor], bool]:
+    """Tensor -> whether it is data, not a mask: one among several inputs that is 0 and 1 alone is a mask."""
+    several = len(tensors_of(inputs)) > 1
+    return lambda tensor: not (several and bool(((tensor == 0) | (tensor == 1)).all()))
+
+
 def batch_size(inputs: Inputs) -> int:
     """Number of examples: the first dimension of the first tensor."""
     return len(tensors_of(inputs)[0])

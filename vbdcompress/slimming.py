@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vbdcompress.compare import EXACT, as_double, flatten_output, relative_difference
+from vbdcompress.compare import EXACT, as_double, flatten_output, in_double, relative_difference
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, batch_size, call, map_tensors
+from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
@@ -67,6 +67,23 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
     dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
     gated = copy.deepcopy(converted.model).cpu().double().eval()
     set_threshold_(gated, chosen, round_to)
+    with in_double():
+        model, plan = _cut(converted, gated, chosen, round_to)
+    for name, tensor in _tensors(model):
+        weight = f"{name.rpartition('.')[0]}.weight".lstrip(".")  # of a bias that is new
+        tensor.data = tensor.data.to(dtypes[name] if name in dtypes else dtypes[weight])
+    rows = tuple(_group_row(group, plan) for group in converted.scan.groups)
+    return Slim(model.eval(), plan, rows, chosen)
+
+
+def _cut(
+    converted: Converted, gated: nn.Module, chosen: float, round_to: int
+) -> tuple[nn.Module, RemovalPlan]:
+    """The cut network, shown to be the masked one, and what was cut.
+
+    Args:
+        gated: masked, float64, on the CPU.
+    """
     probes = _probes_for(gated, converted.example)
     for fold in (True, False):
         model = replace(converted, model=gated).plain(chosen, round_to)
@@ -81,18 +98,12 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
                 "This is a defect: please report it. Until then: --skip the layers at fault.",
             ) from error
         if difference <= EXACT:
-            break  # else what looked constant on the probes was not: once more without folding
-    else:
-        raise SlimError(
-            "slim",
-            f"the cut network differs from the masked one by {difference:.1g} of the largest output.",
-            "This is a defect: please report it. Until then: --skip the layers at fault.",
-        )
-    for name, tensor in _tensors(model):
-        weight = f"{name.rpartition('.')[0]}.weight".lstrip(".")  # of a bias that is new
-        tensor.data = tensor.data.to(dtypes[name] if name in dtypes else dtypes[weight])
-    rows = tuple(_group_row(group, plan) for group in converted.scan.groups)
-    return Slim(model.eval(), plan, rows, chosen)
+            return model, plan  # else what looked constant on the probes was not: once more without folding
+    raise SlimError(
+        "slim",
+        f"the cut network differs from the masked one by {difference:.1g} of the largest output.",
+        "This is a defect: please report it. Until then: --skip the layers at fault.",
+    )
 
 
 def posterior_sigma(converted: Converted, slimmed: Slim) -> dict[str, Tensor]:
@@ -131,10 +142,10 @@ def _probes(example: Inputs, seed: int) -> Inputs:
     Numbers: noise at their scale and far beyond. Masks: entries of the example's switched off.
     Names of tokens: others of the same range.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, is_data = torch.Generator().manual_seed(seed), holds_data(example)
 
     def widen(tensor: Tensor) -> Tensor:
-        if bool(((tensor == 0) | (tensor == 1)).all()) and tensor.dim() > 1:
+        if tensor.dim() > 1 and not is_data(tensor):
             off = torch.rand((2, *tensor.shape), generator=generator) < torch.tensor([0.5, 0.1]).view(
                 2, *[1] * tensor.dim()
             )

@@ -195,8 +195,16 @@ def test_find_groups_says_why_a_network_can_not_be_followed():
             self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
 
         def forward(self, x):
-            return self.head(self.first(x) @ torch.eye(5, dtype=torch.float32))
+            if x.dtype != torch.float32:
+                raise ValueError("takes float32 alone")
+            return self.head(self.first(x))
 
     scan = find_groups(OneType(), torch.randn(2, 4))
     assert not scan.groups
-    assert "can't be followed: RuntimeError" in (scan.failure or "")
+    assert "can't be followed: ValueError: takes float32 alone" in (scan.failure or "")
+
+
+def test_features_that_are_0_or_1_in_the_example_are_features():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    scan = find_groups(model, torch.randint(0, 2, (2, 6)).float(), features=True)
+    assert [group.size for group in scan.removable if group.is_features] == [6]

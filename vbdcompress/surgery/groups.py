@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.gather import GatherLinear
-from vbdcompress.inputs import Inputs, map_tensors
+from vbdcompress.inputs import Inputs, holds_data, map_tensors
 from vbdcompress.surgery.match import Place
 from vbdcompress.surgery.probe import Recording, Role, record
 from vbdcompress.surgery.ties import OUTPUT, Ties
@@ -140,10 +140,16 @@ def trace_groups(model: nn.Module, example: Inputs, *, features: bool = False, s
 
 
 def _trace(
-    model: nn.Module, example: Inputs, prepare: Callable[[Tensor], Tensor], features: bool, *, buffers: bool
+    model: nn.Module,
+    example: Inputs,
+    prepare: Callable[[Tensor, bool], Tensor],
+    features: bool,
+    *,
+    buffers: bool,
 ) -> GroupScan:
     try:
-        given = map_tensors(example, prepare)
+        is_data = holds_data(example)
+        given = map_tensors(example, lambda tensor: prepare(tensor, is_data(tensor)))
         recording = record(model, given, _role_of, buffers=buffers)
         ties = Ties()
         for reading in recording.readings:
@@ -156,17 +162,16 @@ def _trace(
     return GroupScan(groups + (tuple(_feature_groups(model, recording, groups, ties)) if features else ()))
 
 
-def _beside_noise(tensor: Tensor) -> Tensor:
+def _beside_noise(tensor: Tensor, is_data: bool) -> Tensor:
     """The example beside noise, for which branches open that the example leaves shut."""
     tensor = tensor.detach()
-    is_mask = bool(((tensor == 0) | (tensor == 1)).all())
-    if not tensor.is_floating_point() or is_mask:
+    if not (tensor.is_floating_point() and is_data):
         return torch.cat([tensor] * 3)
     wide = torch.cat([tensor, torch.randn_like(tensor), 5 * torch.randn_like(tensor)])
     return wide.requires_grad_()  # what depends on it, and on no layer, reads the network's input
 
 
-def _as_leaf(tensor: Tensor) -> Tensor:
+def _as_leaf(tensor: Tensor, _is_data: bool) -> Tensor:
     plain = tensor.detach().clone()
     return plain.requires_grad_() if plain.is_floating_point() else plain
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vbdcompress.compare import EXACT, as_double, flatten_output, relative_difference
+from vbdcompress.compare import EXACT, as_double, flatten_output, in_double, relative_difference
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
 from vbdcompress.surgery.groups import (
@@ -46,8 +46,11 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
         features: see `trace_groups`.
         seed: of the trial's weights and masks.
     """
-    trial = _random_copy(model, seed)
-    inputs = map_tensors(example, as_double)
+    with in_double():
+        return _find_groups(_random_copy(model, seed), map_tensors(example, as_double), model, features, seed)
+
+
+def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: bool, seed: int) -> GroupScan:
     traced = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
     scan = _try_scan(trial, inputs, traced, seed)
     groups: list[ChannelGroup] = []
