@@ -19,6 +19,7 @@ from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, shapes_of, tensors_of
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan
+from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
 from vbdcompress.surgery.verify import find_groups
 from vbdcompress.surgery.walk import check_skip, matches_skip, shared_parameters
 from vbdcompress.vbd.gates import InputGate, detach_gate_
@@ -120,10 +121,11 @@ def convert(
     open_attention_(converted, [name for name in names if not _is_skipped_in_part(name, skip)])
     called |= {name for name, _ in converted.named_modules()} - set(names)
     scan = find_groups(converted, example, features=prune_inputs)
-    scan = GroupScan(tuple(_leave_skipped(scan.groups, skip)), scan.failure)
+    blind = without_gradient(converted, example)
+    scan = GroupScan(tuple(_leave_skipped(scan.groups, skip, blind)), scan.failure)
     start = LOG_SIGMA2[mode] if log_sigma2 is None else log_sigma2
     if mode == "weights":
-        rows = tuple(_convert_weights_(converted, skip, start, called))
+        rows = tuple(_convert_weights_(converted, skip, start, called, blind))
     else:
         costs = channel_costs(converted, example, scan.removable, cost)
         rows = tuple(convert_channels_(converted, scan, start, costs))
@@ -228,7 +230,7 @@ def _shapes(example: Inputs) -> str:
 
 
 def _convert_weights_(
-    model: nn.Module, skip: Sequence[str], log_sigma2: float, called: set[str]
+    model: nn.Module, skip: Sequence[str], log_sigma2: float, called: set[str], blind: set[str]
 ) -> Iterator[LayerRow]:
     tied = shared_parameters(model)
     for name, module in list(model.named_modules()):
@@ -241,6 +243,8 @@ def _convert_weights_(
             yield LayerRow(name, kind, "left", "skipped as asked", count)
         elif parametrize.is_parametrized(module) or "parametrizations" in name.split("."):
             yield LayerRow(name, kind, "left", "it already has a parametrization", count)
+        elif all(f"{name}.{own_name}".lstrip(".") in blind for own_name, _ in own):
+            yield LayerRow(name, kind, "left", NO_GRADIENT, count)
         elif type(module) in VBD_LAYERS and id(module.weight) not in tied and name in called:
             attach_posterior_(module, log_sigma2)
             yield LayerRow(name, kind, "converted", "a posterior on each weight, drawn at the output", count)
@@ -279,9 +283,17 @@ def _why_left(
     return None
 
 
-def _leave_skipped(groups: Sequence[ChannelGroup], skip: Sequence[str]) -> Iterator[ChannelGroup]:
+def _leave_skipped(
+    groups: Sequence[ChannelGroup], skip: Sequence[str], blind: set[str]
+) -> Iterator[ChannelGroup]:
+    """Leave whole what touches a layer to skip, or is read by a layer whose weight no gradient reaches."""
     for group in groups:
         members = (*group.writers, *group.readers, *group.between)
         touched = [member.layer for member in members if matches_skip(member.layer, skip)]
-        asked = group.whole_because is None and touched
-        yield group.whole(f"'{touched[0]}' is skipped as asked") if asked else group
+        untold = [member.layer for member in group.readers if f"{member.layer}.weight" in blind]
+        if group.whole_because is not None:
+            yield group
+        elif touched:
+            yield group.whole(f"'{touched[0]}' is skipped as asked")
+        else:
+            yield group.whole(f"'{untold[0]}' reads it; {NO_GRADIENT}") if untold else group
