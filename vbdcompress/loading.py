@@ -32,10 +32,11 @@ class Loaded:
         architecture, arguments: how it is built; None where it came as an object.
         data: name of its data set; None where the file does not say.
         input: shape and normalisation; None where the file does not say.
-        validation: {"fraction", "seed"} of the split that its training left out; None where the
-            file does not say, so the split may have been trained on.
+        validation: {"fraction", "seed", "examples"} of the split that its training left out, and of how
+            many; None where the file does not say, so the split may have been trained on.
         training: how it was trained, as the file says it.
         plans: of a slim file: what was removed from what the architecture builds.
+        classes: names of its outputs, in their order; empty where the file does not say.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Loaded:
     validation: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     plans: tuple[RemovalPlan, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 def load(
@@ -84,6 +86,7 @@ def load(
             header.input,
             header.validation,
             plans=header.plans,
+            classes=header.classes,
         )
     content = _read_pt(path, unsafe_pickle)
     if isinstance(content, nn.Module):
@@ -118,6 +121,7 @@ def save_checkpoint(path: Path, loaded: Loaded) -> None:
             "std": list(loaded.input.std),
         },
         "validation": dict(loaded.validation or {}),
+        "classes": list(loaded.classes),
         "training": dict(loaded.training or {}),
         "state_dict": {name: tensor.cpu() for name, tensor in loaded.model.state_dict().items()},
     }
@@ -181,11 +185,16 @@ def _from_checkpoint(
         spec = InputSpec.from_json(content["input"]) if content.get("input") else None
         split = content.get("validation") or None
         if split is not None:
-            split = {"fraction": float(split["fraction"]), "seed": int(split["seed"])}
+            numbers = {"examples": int(split["examples"])} if "examples" in split else {}
+            split = {"fraction": float(split["fraction"]), "seed": int(split["seed"]), **numbers}
+        classes = tuple(str(name) for name in content.get("classes", ()))
     except (KeyError, TypeError, ValueError) as error:
-        raise LoadError(where, f"has a malformed 'input' or 'validation' entry: {error!r}.") from error
+        raise LoadError(
+            where, f"has a malformed 'input', 'validation' or 'classes' entry: {error!r}."
+        ) from error
     training = content.get("training") or None
-    return Loaded(model.eval(), name, given, content.get("data"), spec, split, training)
+    data = content.get("data")
+    return Loaded(model.eval(), name, given, data, spec, split, training, classes=classes)
 
 
 def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:

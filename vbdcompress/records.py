@@ -8,9 +8,16 @@ from typing import Any
 TIE = 1e-9
 
 
-def held_out(split: Mapping[str, Any] | None) -> bool:
-    """Whether training is known to have left out a split: {"fraction", "seed"}, perhaps "held_out"."""
-    return split is not None and split.get("held_out", True) is not False
+def held_out(split: Mapping[str, Any] | None, examples: int) -> bool:
+    """Whether training is known to have left out what a split of so many examples holds back now.
+
+    Args:
+        split: {"fraction", "seed"}, perhaps "held_out", and "examples" that were split: of another number
+            the same seed draws others.
+    """
+    if split is None or split.get("held_out", True) is False:
+        return False
+    return bool(split.get("examples", examples) == examples)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class Result:
             data=sources.record.name,
             input=spec,
             validation=sources.record.split,
+            classes=sources.record.classes,
             storage=Storage(
                 files.config.packs,
                 {} if files.rounding is None else files.rounding.codes,

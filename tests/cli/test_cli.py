@@ -121,7 +121,7 @@ def test_run_warns_where_the_file_does_not_say_its_split(cli, zoo, tmp_path):
     assert "may have been trained" in " ".join(json.loads((second / "report.json").read_text())["warnings"])
     for name in ("model.onnx", "slim.safetensors"):
         _, _, err = cli("evaluate", out / name, "--split", "validation")
-        assert "it may have seen those of this split" in err
+        assert "it may have seen some of this split" in err
 
 
 def test_inspect_prints_layers_and_touches_nothing(cli, zoo, tmp_path, monkeypatch):

@@ -116,6 +116,42 @@ def test_evaluate_takes_validation_data_of_the_user_s_own(cli, tmp_path, zoo):
     assert (found["split"], found["data"]) == ("validation", str(tmp_path / "held.npz"))
 
 
+def test_a_split_of_other_examples_than_training_s_is_not_held_out(cli, tmp_path):
+    generator = np.random.default_rng(0)
+    for count in (60, 70):
+        images = generator.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / f"{count}.npz", images=images, labels=np.arange(count) % 10)
+    made = ["train", "digits", "--data", tmp_path / "60.npz", "--out", tmp_path / "net.pt", "--epochs", "1"]
+    assert cli(*made)[0] == 0
+    for count in (60, 70):
+        asked = ["--data", tmp_path / f"{count}.npz", "--split", "validation"]
+        _, _, err = cli("evaluate", tmp_path / "net.pt", *asked)
+        assert ("may have seen some" in err) == (count == 70)
+        out = tmp_path / str(count)
+        assert cli("run", tmp_path / "net.pt", "--out", out, *asked[:2], *QUICK)[0] == 0
+        assert json.loads((out / "report.json").read_text())["data"]["validation_held_out"] == (
+            True if count == 60 else None
+        )
+        for file in ("model.onnx", "slim.safetensors"):
+            _, _, err = cli("evaluate", out / file, *asked)
+            assert ("may have seen some" in err) == (count == 70)
+
+
+def test_files_say_the_order_of_the_classes(cli, tmp_path):
+    generator = np.random.default_rng(0)
+    given = {"images": generator.integers(0, 256, (60, 8, 8), dtype=np.uint8), "labels": np.arange(60) % 10}
+    for name, classes in (("one", "abcdefghij"), ("other", "bacdefghij")):
+        np.savez(tmp_path / f"{name}.npz", classes=np.array(list(classes)), **given)
+    data = ["--data", tmp_path / "one.npz"]
+    assert cli("train", "digits", *data, "--out", tmp_path / "net.pt", "--epochs", "1")[0] == 0
+    assert cli("run", tmp_path / "net.pt", *data, "--out", tmp_path / "slim", *QUICK)[0] == 0
+    for file in ("net.pt", "slim/slim.safetensors", "slim/model.onnx"):
+        for name, code in (("one", 0), ("other", 1)):
+            asked = ["--data", tmp_path / f"{name}.npz", "--split", "validation"]
+            found, _, err = cli("evaluate", tmp_path / file, *asked)
+            assert (found, "has class 'b' as number 0" in err) == (code, bool(code))
+
+
 def test_evaluate_builds_a_slim_file_with_the_arguments_given(cli, tmp_path, zoo):
     export_from_python(zoo, tmp_path, load(zoo / "digits.pt").input)
     code = "from vbdcompress.architectures import build_architecture\ndef build(kind):\n"

@@ -1,10 +1,14 @@
 """Normalising and splitting, against sums by hand."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vbdcompress.data import DataSet, load_data
 from vbdcompress.errors import DataError
@@ -52,6 +56,53 @@ def test_load_data_refuses_other_channels_than_the_networks(tmp_path: Path) -> N
     given = InputSpec((3, 4, 4), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(DataError, match="1 channels, the network was trained with 3"):
         load_data(write_npz(tmp_path / "set.npz"), normalisation=given)
+
+
+@pytest.mark.parametrize(
+    ("images", "warned"),
+    [
+        (lambda pixels: pixels, False),
+        (lambda pixels: (pixels / 255).astype(np.float32), False),
+        (lambda pixels: pixels // 2 + 40, False),
+        (lambda pixels: pixels.astype(np.float32), True),
+        (lambda pixels: ((pixels / 255 - 0.5) / 0.28).astype(np.float32), True),
+    ],
+)
+def test_load_data_notes_images_of_another_scale(tmp_path: Path, images: Any, warned: bool) -> None:
+    told = load_data(write_npz(tmp_path / "set.npz")).input
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8)
+    path = write_npz(tmp_path / "other.npz", images=images(pixels))
+    assert [note[:10] for note in load_data(path, normalisation=told).notes] == ["The traini"] * warned
+    held = load_data(tmp_path.joinpath("set.npz").as_posix(), normalisation=told, validation_path=path)
+    assert [note[:10] for note in held.notes] == ["The valida"] * warned
+
+
+def write_folder(root: Path, names: Sequence[str], size: tuple[int, int]) -> str:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", size, 60 * number).save(root / name / f"{number}.png")
+    return str(root)
+
+
+def test_load_data_resizes_to_what_the_network_was_trained_on_where_that_is_square(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "wide", ["a", "b"], (8, 6))
+    trained = load_data(path).input
+    assert trained.shape == (3, 6, 8)
+    assert load_data(path, normalisation=trained).input.shape == (3, 6, 8)
+    assert load_data(path, normalisation=replace(trained, shape=(3, 5, 5))).input.shape == (3, 5, 5)
+    other = write_folder(tmp_path / "wider", ["a", "b"], (16, 12))
+    with pytest.raises(DataError, match="images are 12 by 16, the network was trained on 6 by 8"):
+        load_data(other, normalisation=trained)
+    assert load_data(other, normalisation=trained, image_size=7).input.shape == (3, 7, 7)
+
+
+def test_load_data_refuses_classes_that_stand_elsewhere_in_the_network(tmp_path: Path) -> None:
+    path = write_folder(tmp_path, ["cat", "dog"], (4, 4))
+    assert load_data(path, classes=("cat", "dog", "yak")).classes == ("cat", "dog")
+    assert load_data(path, classes=("0", "1")).classes == ("cat", "dog")
+    with pytest.raises(DataError, match="has class 'cat' as number 0, for the network it is number 1"):
+        load_data(path, classes=("ant", "cat", "dog"))
 
 
 def rows(inputs: torch.Tensor) -> set[bytes]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vbdcompress.records import InputSpec
 
 _SEEN = (
-    "The file does not say which examples training left out: it may have seen those of this split. "
+    "The file does not say which of these examples training left out: it may have seen some of this split. "
     "Pass validation data of your own: --validation PATH"
 )
 
@@ -83,10 +83,14 @@ def command(
         validation_seed=int(held.get("seed", 0)),
         validation_path=validation,
         image_size=image_size,
+        classes=network.classes,
     )
+    for note in dataset.notes:
+        click.echo(f"Warning: {note}", err=True)
     if normalisation is None:
         click.echo(f"Warning: {guessed_normalisation(dataset.input)}", err=True)
-    if split == "validation" and not (validation or held_out(network.validation)):
+    examples = len(dataset.train) + len(dataset.validation)
+    if split == "validation" and not (validation or held_out(network.validation, examples)):
         click.echo(f"Warning: {_SEEN}", err=True)
     batches = dataset.test_batches(batch_size) if split == "test" else dataset.validation_batches(batch_size)
     if batches is None:
@@ -101,8 +105,11 @@ def command(
 class _Network:
     """A network of any kind of file, and how to measure it."""
 
-    def __init__(self, data: str | None, input: "InputSpec | None", validation: Any, run: Any) -> None:
+    def __init__(
+        self, data: str | None, input: "InputSpec | None", validation: Any, run: Any, classes: Any
+    ) -> None:
         self.data, self.input, self.validation, self.run = data, input, validation, run
+        self.classes = tuple(classes)
 
     def error(self, batches: "TensorBatches") -> float:
         """Top-1 error in percent."""
@@ -124,7 +131,8 @@ def _open_network(file: Path, arch: str | None, arguments: dict[str, Any], unsaf
     from vbdcompress.loading import load
 
     loaded = load(file, arch=arch, arguments=arguments, unsafe_pickle=unsafe_pickle)
-    return _Network(loaded.data, loaded.input, loaded.validation, torch.no_grad()(loaded.model))
+    run = torch.no_grad()(loaded.model)
+    return _Network(loaded.data, loaded.input, loaded.validation, run, loaded.classes)
 
 
 def _open_onnx(file: Path) -> _Network:
@@ -142,7 +150,7 @@ def _open_onnx(file: Path) -> _Network:
     own = session.get_modelmeta().custom_metadata_map
     own = own if own.get("made_by", "").startswith("vbdcompress") else {}
     try:
-        found = {key: json.loads(own[key]) for key in ("input", "validation") if key in own}
+        found = {key: json.loads(own[key]) for key in ("input", "validation", "classes") if key in own}
         told = {"input": content.get("input"), "validation": data.get("split")} | found
         spec = None if told["input"] is None else InputSpec.from_json(told["input"])
     except (KeyError, TypeError, ValueError) as error:
@@ -153,4 +161,4 @@ def _open_onnx(file: Path) -> _Network:
         given = inputs if spec is None else inputs_for(spec, inputs)
         return torch.from_numpy(run_session(session, given)[0])
 
-    return _Network(name, spec, split, run)
+    return _Network(name, spec, split, run, told.get("classes") or data.get("classes") or ())

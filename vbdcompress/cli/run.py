@@ -155,6 +155,7 @@ class _Reading:
             validation_seed=split["seed"],
             validation_path=self.validation,
             image_size=self.image_size,
+            classes=loaded.classes,
         )
 
     def sources(self, loaded: "Loaded", data: "DataSet", config: RunConfig) -> "Sources":
@@ -162,14 +163,15 @@ class _Reading:
         from vbdcompress.reporting.build import DataRecord
         from vbdcompress.sources import Sources
 
+        examples = len(data.train) + len(data.validation)
         record = DataRecord(
             Path(data.name).name if Path(data.name).exists() else data.name,
             data.classes,
             len(data.train),
             len(data.validation),
             None if data.test is None else len(data.test),
-            True if self.validation or held_out(loaded.validation) else None,
-            None if self.validation else self.split(loaded, config),
+            True if self.validation or held_out(loaded.validation, examples) else None,
+            None if self.validation else {"examples": examples} | self.split(loaded, config),
         )
         batch_size = config.examples_a_step(len(data.train))
         return Sources(
@@ -184,8 +186,8 @@ class _Reading:
     def _notes(self, loaded: "Loaded", data: "DataSet") -> tuple[str, ...]:
         """What the user must know of how the data were read."""
         if told_normalisation(self.normalisation, loaded.input):
-            return ()
-        return (guessed_normalisation(data.input),)
+            return data.notes
+        return (guessed_normalisation(data.input), *data.notes)
 
 
 def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Ways) -> None:

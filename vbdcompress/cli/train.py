@@ -215,7 +215,20 @@ def _write(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunCo
     test = dataset.test_batches()
     if test is not None:
         errors["test_error"] = measure_error(model, test)
-    split = {"fraction": config.validation_fraction, "seed": config.seed}
-    loaded = Loaded(model, order.arch, order.arguments, order.data_name, dataset.input, split, told | errors)
+    split = {
+        "fraction": config.validation_fraction,
+        "seed": config.seed,
+        "examples": len(dataset.train) + len(dataset.validation),
+    }
+    loaded = Loaded(
+        model,
+        order.arch,
+        order.arguments,
+        order.data_name,
+        dataset.input,
+        split,
+        told | errors,
+        classes=dataset.classes,
+    )
     save_checkpoint(order.out, loaded)
     return ", ".join(f"{name.replace('_', ' ')} {error:.2f} %" for name, error in errors.items())

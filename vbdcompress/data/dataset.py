@@ -1,6 +1,6 @@
 """A named data set, normalised and split: what the command line trains and measures on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,8 @@ from vbdcompress.errors import DataError
 from vbdcompress.records import InputSpec
 
 MEASURED_AT_ONCE = 1000
+# Further off in mean, counted in deviations, or in their deviation, images are of another scale
+STRANGE_MEAN, STRANGE_STD = 4.0, (0.1, 3.0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class DataSet:
         train: training examples without the validation split.
         validation: held out of the training data.
         test: None where the set has no test part.
+        notes: sentences that who measures on it must know.
     """
 
     name: str
@@ -46,6 +49,7 @@ class DataSet:
     train: Examples
     validation: Examples
     test: Examples | None
+    notes: tuple[str, ...] = ()
 
     def train_batches(
         self,
@@ -85,6 +89,7 @@ def load_data(
     validation_seed: int = 0,
     validation_path: str | None = None,
     image_size: int | None = None,
+    classes: Sequence[str] = (),
 ) -> DataSet:
     """Read, check, normalise and split a data set.
 
@@ -95,16 +100,29 @@ def load_data(
             training images, for each channel, after scaling pixels to [0, 1].
         validation_fraction, validation_seed: the split of the training data.
         validation_path: a folder or .npz of validation data instead; then nothing is split off.
-        image_size: that a folder's images are resized to.
+        image_size: that a folder's images are resized to; None takes what the network was trained on, where
+            that is square.
+        classes: of the network, by its outputs; empty where nobody says.
     Raises:
-        DataError: what is missing or malformed.
+        DataError: what is missing or malformed, or does not fit the network.
     """
-    if image_size is None and normalisation and len(normalisation.shape) == 3 and Path(name).is_dir():
-        image_size = normalisation.shape[-1]  # what the network was trained on
+    trained = normalisation.shape if normalisation and Path(name).is_dir() else ()
+    asked = image_size is not None
+    if not asked and len(trained) == 3 and trained[1] == trained[2]:
+        image_size = trained[-1]
     raw = read_source(name, root, image_size)
+    if not asked and len(trained) == 3 and tuple(raw.train.images.shape[2:]) != trained[1:]:
+        found = tuple(raw.train.images.shape[2:])
+        raise DataError(
+            f"data set '{name}'",
+            f"images are {found[0]} by {found[1]}, the network was trained on {trained[1]} by {trained[2]}.",
+            "Resize the files, or say --image-size N.",
+        )
+    _check_classes(name, raw.classes, classes)
     parts = {"training": raw.train} | ({"test": raw.test} if raw.test else {})
     if validation_path is not None:
         parts["validation"] = _read_validation(validation_path, root, image_size, raw.classes)
+    notes: tuple[str, ...] = ()
     shape = tuple(raw.train.images.shape[1:])
     for part, images in parts.items():
         _check_images(f"data set '{name}', {part} part", images, len(raw.classes), shape)
@@ -112,6 +130,8 @@ def load_data(
         spec = replace(normalisation, shape=shape)
         if len(spec.mean) == 1:  # the same for all channels
             spec = replace(spec, mean=spec.mean * shape[0], std=spec.std * shape[0])
+        if len(spec.mean) == shape[0]:
+            notes = tuple(note for part, images in parts.items() for note in _notes(part, images, spec))
     else:
         spec = _measure(raw.train)
     if len(spec.mean) != shape[0]:
@@ -125,7 +145,37 @@ def load_data(
     else:
         train, validation = _split(train, validation_fraction, validation_seed)
     test = _normalise(raw.test, spec) if raw.test else None
-    return DataSet(name, spec, raw.classes, train, validation, test)
+    return DataSet(name, spec, raw.classes, train, validation, test, notes)
+
+
+def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> None:
+    """Labels are positions among the classes: one that the network knows must stand where it does there."""
+    moved = [each for each in found if each in known and found.index(each) != known.index(each)]
+    if moved:
+        raise DataError(
+            f"data set '{name}'",
+            f"has class '{moved[0]}' as number {found.index(moved[0])}, for the network it is number "
+            f"{known.index(moved[0])}.",
+            f"The network's classes, in order: {', '.join(known)}; empty folders count.",
+        )
+
+
+def _notes(part: str, raw: RawImages, told: InputSpec) -> tuple[str, ...]:
+    """A warning where a part's images are of another scale than those that the network was trained on."""
+    some = raw.images[:: max(1, len(raw.images) // MEASURED_AT_ONCE)]
+    found = _measure(replace(raw, images=some))
+    strange = any(
+        abs(mean - usual) > STRANGE_MEAN * width or not STRANGE_STD[0] * width < std < STRANGE_STD[1] * width
+        for mean, std, usual, width in zip(found.mean, found.std, told.mean, told.std, strict=True)
+    )
+    if not strange:
+        return ()
+    mean, std = ([round(value, 4) for value in values] for values in (found.mean, found.std))
+    return (
+        f"The {part} images have mean {mean} and deviation {std}, where the network was trained with "
+        f"{list(told.mean)} and {list(told.std)}: if they are of another scale or kind, every error here is "
+        "wrong.",
+    )
 
 
 def _read_validation(

@@ -29,6 +29,7 @@ def export(
     data: str | None = None,
     input: InputSpec | None = None,
     validation: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
     storage: Storage | None = None,
 ) -> ExportCheck:
     """Write model.onnx, checked against torch, and slim.safetensors into a folder.
@@ -43,7 +44,7 @@ def export(
         input: name, shape and normalisation of the inputs; None takes the samples' shape. Where it is
             embedded, model.onnx normalises by itself and takes pixels from 0 to 255.
         validation: {"fraction", "seed"} of the validation split, with "held_out": False where training may
-            have seen it.
+            have seen it, and "examples" that were split.
         storage: see `export_onnx`.
     Raises:
         ExportError: see `export_onnx`; then neither file is written.
@@ -59,6 +60,7 @@ def export(
         data,
         replace(spec, embedded=False),
         dict(validation) if validation else None,
+        tuple(classes),
     )
     save_slim(folder / "slim.safetensors", model, header)
     return check
@@ -87,7 +89,7 @@ def file_properties(
 
     Args:
         validation: {"fraction", "seed"} of the validation split, with "held_out": False where training may
-            have seen it.
+            have seen it, and "examples" that were split.
         error: in percent, and the name of the set.
     """
     told = {

@@ -34,7 +34,8 @@ class SlimFile:
         data: name of the data set; None where it was the user's loader.
         input: shape and normalisation.
         validation: {"fraction", "seed"} of the validation split, with "held_out": False where training may
-            have seen it; None where nobody says.
+            have seen it, and "examples" that were split; None where nobody says.
+        classes: names of the outputs; empty where nobody says.
     """
 
     plans: tuple[RemovalPlan, ...]
@@ -43,6 +44,7 @@ class SlimFile:
     data: str | None
     input: InputSpec
     validation: dict[str, Any] | None = None
+    classes: tuple[str, ...] = ()
 
 
 def save_slim(path: Path, model: nn.Module, header: SlimFile) -> None:
@@ -65,6 +67,7 @@ def save_slim(path: Path, model: nn.Module, header: SlimFile) -> None:
         "data": header.data,
         "input": asdict(header.input),
         "validation": header.validation,
+        "classes": list(header.classes),
         "sparse_shapes": shapes,
     }
     # One entry: safetensors writes several in random order, and equal runs should give equal files
@@ -105,6 +108,7 @@ def read_slim(path: Path) -> tuple[SlimFile, dict[str, Tensor]]:
             content["data"],
             InputSpec.from_json(content["input"]),
             content["validation"],
+            tuple(str(name) for name in content.get("classes", ())),
         )
         return header, _unpack(stored, content["sparse_shapes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
