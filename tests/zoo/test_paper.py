@@ -62,6 +62,7 @@ def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path):
             "kept": {"layers.0": 7, "layers.1": 5},
             "epochs": 3,
             "minutes": 4.0 + seed,
+            "resumed": seed == 0,
             "device": "cpu",
             "commit": "abc",
             "command": f"vbdcompress run x.pt --seed {seed} --out .runs/x-vbd-{seed}",
@@ -72,6 +73,7 @@ def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path):
     assert line["ratios"]["nonzeros"] == "60.0 ± 28.3x"
     assert line["exported"] == "1.50 %"
     assert line["seeds"] == 2
+    assert line["minutes"] == "5"  # of the whole run
     assert line["command"] == "vbdcompress run x.pt --seed SEED --out .runs/x-vbd-SEED"
 
 

@@ -91,6 +91,7 @@ def _line(results: Path, method: str, title: str) -> dict[str, Any] | None:
         for field in ("nonzeros", "parameters", "macs")
     }
     exported = [run for run in runs if run["seed"] == 0 and method == "vbd"]
+    whole = [run["minutes"] for run in runs if not run["resumed"]]  # a resumed one counts its last part alone
     return {
         "method": title,
         "error": _spread([run["test_error"] for run in runs], 2, " %"),
@@ -102,7 +103,7 @@ def _line(results: Path, method: str, title: str) -> dict[str, Any] | None:
         "exported": f"{exported[0]['test_error']:.2f} %" if exported else "",
         "seeds": len(runs),
         "epochs": runs[0]["epochs"],
-        "minutes": f"{mean(run['minutes'] for run in runs):.0f}",
+        "minutes": f"{mean(whole):.0f}" if whole else "resumed",
         "commits": ", ".join(sorted({run["commit"] for run in runs})),
         "command": runs[0]["command"]
         .replace("--seed 0", "--seed SEED")
