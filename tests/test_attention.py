@@ -41,6 +41,8 @@ def test_head_attention_equals_torchs(options: dict[str, Any], masked: bool, nee
     opened = nn.Sequential(original)
     open_attention_(opened)
     assert isinstance(opened[0], HeadAttention)
+    for told in ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "batch_first"):
+        assert getattr(opened[0], told) == getattr(original, told)
     first = options.get("batch_first")
     inputs = [torch.randn(3, 5, 16), torch.randn(3, 7, options.get("kdim", 16))]
     inputs.append(torch.randn(3, 7, options.get("vdim", 16)))

@@ -228,3 +228,9 @@ def test_options_of_channel_gates_are_refused_where_there_are_none(values: dict[
 )
 def test_files_are_packed_where_that_makes_them_smaller_or_as_asked(options, packs):
     assert make_config(options).packs is packs
+
+
+@pytest.mark.parametrize(("num_data", "examples"), [(1, 1), (2, 2), (30, 2), (1000, 40), (60_000, 200)])
+def test_small_sets_get_small_batches_but_never_of_one(num_data: int, examples: int) -> None:
+    assert RunConfig().examples_a_step(num_data) == examples
+    assert RunConfig(batch_size=7).examples_a_step(num_data) == 7

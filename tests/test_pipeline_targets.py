@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vbdcompress.errors import DataError
+from vbdcompress.errors import ConfigError, ConvertError, DataError
 from vbdcompress.pipeline import compress
 
 
@@ -150,6 +150,56 @@ def test_a_label_below_0_is_refused():
     model, batches = batches_of(torch.arange(64) % 10 - 1)
     with pytest.raises(DataError, match="labels from -1, allowed are 0 to 9"):
         compress(model, batches, validation=batches, epochs=1)
+
+
+class Remembers(nn.Linear):
+    """Keeps what it computed."""
+
+    def forward(self, x):
+        self.seen = super().forward(x)
+        return self.seen
+
+
+class HasExtraState(nn.Linear):
+    """With more than tensors in its state_dict."""
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Remembers, r"can't be copied: it holds computed tensors: 4.seen"),
+        (HasExtraState, "state_dict entry '4._extra_state' is a dict"),
+        (lambda *sizes: nn.utils.weight_norm(nn.Linear(*sizes)), "holds computed tensors: 4.weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_networks_that_can_not_be_copied_or_written_are_refused_at_once(layer, message):
+    model, batches = batches_of(torch.arange(64) % 10, 6)
+    model.append(layer(6, 10))
+    model(batches[0][0])
+    with pytest.raises(ConvertError, match=message):
+        compress(model, batches, validation=batches, epochs=1)
+
+
+def test_sparse_embeddings_are_fitted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 8, sparse=True), nn.Flatten(), nn.Linear(32, 10))
+    batches = [(torch.randint(0, 30, (8, 4)), torch.arange(8)) for _ in range(3)]
+    found = compress(model, batches, validation=batches, test=batches, mode="weights", epochs=1)
+    assert found.report["stages"][0]["table"][0]["action"] == "converted"
+    assert model[0].sparse
+
+
+def test_resume_without_a_folder_is_refused():
+    model, batches = batches_of(torch.arange(64) % 10)
+    with pytest.raises(ConfigError, match="resume=True names no folder"):
+        compress(model, batches, validation=batches, resume=True)
 
 
 class TwoHeads(nn.Module):

@@ -24,6 +24,8 @@ class HeadAttention(nn.Module):
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.head_dim: int = original.head_dim
+        # of queries, keys and values as they come: those stay, and code around it may ask
+        self.embed_dim, self.kdim, self.vdim = original.embed_dim, original.kdim, original.vdim
         self.batch_first = original.batch_first
         self.dropout = original.dropout
         if original._qkv_same_embed_dim:

@@ -192,8 +192,11 @@ class RunConfig(FitConfig):
     )
 
     def examples_a_step(self, num_data: int) -> int:
-        """The batch size; a small set gets small ones: the fit needs steps more than exact gradients."""
-        return self.batch_size or min(200, max(1, num_data // 25))
+        """The batch size; a small set gets small ones: the fit needs steps more than exact gradients.
+
+        At least 2: batch norm can't train on one.
+        """
+        return self.batch_size or min(200, max(2, num_data // 25), num_data)
 
     @property
     def rounds(self) -> "tuple[RunConfig, ...]":

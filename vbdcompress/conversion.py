@@ -108,14 +108,10 @@ def convert(
     model = unwrap(model)
     check_skip(model, skip)
     called = check_model(model, example)
-    try:
-        converted = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ConvertError(
-            "convert",
-            f"the network can't be copied: {error}",
-            "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations.",
-        ) from error
+    converted = copy_of(model)
+    for module in converted.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # sparse gradients are of no use where every weight has a KL
     example = map_tensors(example, lambda tensor: tensor.detach().cpu())
     names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
     open_attention_(converted, [name for name in names if not _is_skipped_in_part(name, skip)])
@@ -137,6 +133,26 @@ def convert(
             "" if mode == "weights" else "Single weights may still go: --mode weights",
         )
     return Converted(converted, mode, rows, scan, example)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy. Raises ConvertError where it holds tensors that were computed, which torch does not copy."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        held = [
+            f"{name}.{own}".lstrip(".")
+            for name, module in model.named_modules()
+            for own, value in vars(module).items()
+            if isinstance(value, Tensor) and value.grad_fn is not None
+        ]
+        told = f"it holds computed tensors: {', '.join(held)}" if held else str(error)
+        raise ConvertError(
+            "convert",
+            f"the network can't be copied: {told}.",
+            "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations; "
+            "torch.nn.utils.prune: call prune.remove first; what forward keeps: detach it.",
+        ) from error
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,11 +1,11 @@
 """compress: the whole way, a line a stage."""
 
-import copy
 import time
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from torch.export import ExportedProgram
 from vbdcompress.choosing import FileSize
 from vbdcompress.compare import flatten_output
 from vbdcompress.config import RunConfig, make_config
-from vbdcompress.conversion import check_model, unwrap
+from vbdcompress.conversion import check_model, copy_of, unwrap
 from vbdcompress.count import measure_size
 from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric, wait_for_all
-from vbdcompress.errors import ConfigError
+from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, device_of, to_device, top1_error
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.preprocessing import check_pixels
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode
 from vbdcompress.progress import FitProgress
@@ -117,6 +118,8 @@ def compress(
     )
     sources = Sources(loader, validation, test, record, input or InputSpec(example_shape(samples)))
     folder = None if checkpoints is None else Path(checkpoints)
+    if folder is None and resume:
+        raise ConfigError("compress", "resume=True names no folder to go on from.", "checkpoints=FOLDER")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     origin = Origin(type(model).__name__.lower(), type(model).__name__)
@@ -151,7 +154,7 @@ def _run_stages(
     workplace: Workplace,
 ) -> Result:
     started = time.perf_counter()
-    original = copy.deepcopy(model).cpu().eval()
+    original = copy_of(model).cpu().eval()
     inputs, target = first_batch(sources.train)
     samples = to_device(first(inputs, SAMPLES), torch.device("cpu"))
     _check(original, samples, target, sources, config, judge)
@@ -215,6 +218,13 @@ def _check(
 ) -> None:
     """Raise what would end the run after its fit: here it costs the user nothing yet."""
     check_model(model, first(samples, 2))
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):  # what a module's get_extra_state gives
+            raise ConvertError(
+                "convert",
+                f"state_dict entry '{name}' is a {type(value).__name__}, allowed are tensors.",
+                "Keep what get_extra_state gives in a buffer.",
+            )
     shape, found = tuple(sources.input.shape), example_shape(samples)
     if shape and shape != found:
         raise ConfigError(
@@ -227,6 +237,10 @@ def _check(
             "nobody says of what shape the inputs are, and by which mean and std they are normalised.",
             "input=InputSpec(shape, mean, std)",
         )
+    if config.embed_preprocessing:
+        for batches in (sources.train, sources.validation, sources.test or ()):
+            for given, _ in islice(batches, 1):
+                check_pixels(given, sources.input)
     if config.int8 and len(_outputs(model, first(samples, 2))) != 1:
         raise ConfigError("int8", "is for networks with one output.")
     by_label = judge.loss is cross_entropy

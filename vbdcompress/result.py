@@ -116,6 +116,7 @@ class Result:
             (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
         )
         content = with_export(self.report | {"input": asdict(spec)}, check, latency)
+        (folder / INT8_FILE).unlink(missing_ok=True)  # of an earlier run: it would be another network's
         if files.config.int8:
             content = content | {"int8": self._export_int8(folder, spec, given)}
             content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]

@@ -61,9 +61,11 @@ def test_run_overwrites_its_own_files_and_keeps_others(cli, finished, zoo, tmp_p
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     (out / "notes.txt").write_text("mine")
+    (out / "model_int8.onnx").write_text("of the earlier run")
     code, _, _ = cli("run", zoo / "digits.pt", "--out", out, "--overwrite", "--seed", "5", *QUICK)
     assert code == 0
     assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "model_int8.onnx").exists()
     assert json.loads((out / "report.json").read_text())["seed"] == 5
 
 

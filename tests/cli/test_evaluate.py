@@ -27,6 +27,9 @@ def test_run_embeds_the_normalisation_and_says_what_the_file_is(cli, tmp_path, z
     _, printed, _ = cli("evaluate", out, "--json")
     # a byte holds the 16 grey levels of these pictures to 0.2 %
     assert json.loads(printed)["error"] == pytest.approx(content["error"], abs=0.5)
+    code, _, err = cli("evaluate", out / "model.onnx", "--mean", "0.5", "--std", "0.5")
+    assert code != 0
+    assert "model.onnx normalises by itself" in err
 
 
 @pytest.mark.parametrize("name", ["", "model.onnx", "slim.safetensors"])

@@ -45,3 +45,13 @@ def test_compress_refuses_to_embed_what_nobody_says() -> None:
     loader = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))] * 2
     with pytest.raises(ConfigError, match="by which mean and std"):
         compress(nn.Linear(6, 2), loader, validation=loader, embed_preprocessing=True)
+
+
+def test_inputs_that_were_no_pixels_are_refused_before_the_fit() -> None:
+    torch.manual_seed(0)
+    good = [(torch.rand(8, 1, 4, 4) / 0.5, torch.arange(8) % 2) for _ in range(2)]
+    bad = [(3 * images, labels) for images, labels in good]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    spec = InputSpec((1, 4, 4), (0.0,), (0.5,))
+    with pytest.raises(ConfigError, match=r"the inputs are from .* to 2\.9., pixels are from 0 to 1"):
+        compress(model, good, validation=bad, input=spec, embed_preprocessing=True, epochs=1)

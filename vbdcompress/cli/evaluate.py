@@ -74,6 +74,8 @@ def command(
     if name is None:
         raise DataError("evaluate", "the file does not name its data set.", "--data NAME")
     held = network.validation or {}
+    if network.input and network.input.embedded and mean is not None:
+        raise ConfigError("evaluate", f"{file.name} normalises by itself.", "Leave --mean and --std out.")
     normalisation = told_normalisation(parse_normalisation(mean, std), network.input)
     dataset = load_data(
         name,

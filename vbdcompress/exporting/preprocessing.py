@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.errors import ConfigError
 from vbdcompress.inputs import Inputs
 from vbdcompress.records import InputSpec
 
 PIXEL_MAX = 255
+# Of inputs that were normalised in float32, or augmented with interpolation
+ROUNDING = 0.01
 
 
 class TakesPixels(nn.Module):
@@ -30,6 +33,20 @@ class TakesPixels(nn.Module):
 def inputs_for(spec: InputSpec, inputs: Inputs) -> Inputs:
     """What a file takes for normalised inputs: their pixels where it normalises by itself."""
     return to_pixels(inputs, spec) if spec.embedded else inputs
+
+
+def check_pixels(inputs: Tensor, spec: InputSpec) -> None:
+    """Raise ConfigError where normalised inputs did not come from pixels, so that none give them back."""
+    shape = [-1, *[1] * (len(spec.shape) - 1)]
+    mean, std = (torch.tensor(values).view(shape) for values in (spec.mean, spec.std))
+    brightness = inputs.cpu() * std + mean
+    low, high = float(brightness.min()), float(brightness.max())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ConfigError(
+            "embed_preprocessing",
+            f"before normalisation the inputs are from {low:.3g} to {high:.3g}, pixels are from 0 to 1.",
+            "Check mean and std, or leave embed_preprocessing out: such inputs are no bytes.",
+        )
 
 
 def to_pixels(inputs: Tensor, spec: InputSpec) -> Tensor:
