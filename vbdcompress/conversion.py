@@ -5,20 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from vbdcompress.attention import open_attention_
 from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
-from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
-from vbdcompress.inputs import Inputs, call, in_eval_mode, map_tensors, shapes_of, tensors_of
+from vbdcompress.inputs import Inputs, map_tensors
+from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.records import LayerRow
-from vbdcompress.surgery.groups import TRACE_ERRORS, ChannelGroup, GroupScan
+from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
 from vbdcompress.surgery.verify import find_groups
 from vbdcompress.surgery.walk import check_skip, matches_skip, shared_parameters
@@ -135,114 +133,10 @@ def convert(
     return Converted(converted, mode, rows, scan, example)
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A copy. Raises ConvertError where it holds tensors that were computed, which torch does not copy."""
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        held = [
-            f"{name}.{own}".lstrip(".")
-            for name, module in model.named_modules()
-            for own, value in vars(module).items()
-            if isinstance(value, Tensor) and value.grad_fn is not None
-        ]
-        told = f"it holds computed tensors: {', '.join(held)}" if held else str(error)
-        raise ConvertError(
-            "convert",
-            f"the network can't be copied: {told}.",
-            "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations; "
-            "torch.nn.utils.prune: call prune.remove first; what forward keeps: detach it.",
-        ) from error
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, without torch.compile or a wrapper for several devices around it.
-
-    Raises:
-        ConvertError: it is TorchScript, whose layers can't be changed, or no network at all.
-    """
-    if not isinstance(model, nn.Module):
-        raise ConvertError(
-            "convert",
-            f"the network is a {type(model).__name__}, allowed is an nn.Module.",
-            "From a file: vbdcompress.load(path).model",
-        )
-    while True:
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ConvertError(
-                "convert",
-                "the network is TorchScript (torch.jit), whose layers can't be changed.",
-                "Give the nn.Module that it was made from, or what torch.export makes of that.",
-            )
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            model = inner
-        else:
-            return model
-
-
-def check_model(model: nn.Module, example: Inputs) -> set[str]:
-    """Run a network on the example in eval mode; the names of the modules that were called.
-
-    Raises:
-        ConvertError: it has no weights yet, holds NaN, or fails on the example.
-    """
-    for name, module in model.named_modules():
-        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise ConvertError(
-                "convert",
-                f"layer '{name}' is {type(module).__name__}, which has no weights yet.",
-                f"Run one batch through the model first, or skip it: --skip {name}",
-            )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ConvertError(
-                "convert",
-                f"parameter '{name}' is {parameter.dtype}, too coarse to learn a variance in.",
-                "Call model.float() first; --precision bf16-mixed makes the fit itself fast.",
-            )
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            bad = int((~parameter.isfinite()).sum())
-            raise ConvertError("convert", f"parameter '{name}' holds {bad} NaN or infinite values.")
-    called: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with in_eval_mode(model), torch.no_grad():
-            call(model, to_device(example, device_of(model)))
-    except TRACE_ERRORS as error:
-        raise ConvertError(
-            "convert",
-            f"the network fails on a batch of shape {_shapes(example)}: {type(error).__name__}: {error}",
-            _advice(model, example, error),
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return called
-
-
-def _advice(model: nn.Module, example: Inputs, error: BaseException) -> str:
-    tensors = (*model.parameters(), *tensors_of(example))
-    kinds = sorted({str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()})
-    if len(kinds) > 1:
-        return f"Parameters and inputs are of {' and '.join(kinds)}: make both float32, by .float()."
-    if isinstance(error, TypeError) and "missing" in str(error):
-        return "Several inputs go through Python, as the loader yields them: compress(model, loader)"
-    return "Check the input's shape, and --data or --image-size."
-
-
 def _is_skipped_in_part(name: str, skip: Sequence[str]) -> bool:
     """Whether a module, or anything in it, is to be left: then its layers keep their names."""
     below = f"{name}." if name else ""
     return matches_skip(name, skip) or any(entry.startswith(below) for entry in skip)
-
-
-def _shapes(example: Inputs) -> str:
-    return ", ".join(map(str, shapes_of(example)))
 
 
 def _convert_weights_(

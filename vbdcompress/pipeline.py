@@ -17,7 +17,6 @@ from torch.export import ExportedProgram
 from vbdcompress.choosing import FileSize
 from vbdcompress.compare import flatten_output
 from vbdcompress.config import RunConfig, make_config
-from vbdcompress.conversion import check_model, copy_of, unwrap
 from vbdcompress.count import measure_size
 from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric, wait_for_all
@@ -28,6 +27,7 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.preprocessing import check_pixels
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode
+from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report

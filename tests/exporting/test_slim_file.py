@@ -63,9 +63,10 @@ def test_load_slim_cuts_the_user_s_own_network(tmp_path):
     save_slim(path, slimmed.model, SlimFile((slimmed.plan,), None, {}, None, InputSpec((6,))))
     with pytest.raises(LoadError, match="does not name its architecture"):
         load_slim(path)
-    loaded = load_slim(path, build())
-    assert loaded[0].out_features == 3
-    assert torch.equal(loaded(torch.ones(1, 6)), slimmed.model(torch.ones(1, 6)))
+    for network in (build(), nn.DataParallel(build())):
+        loaded = load_slim(path, network)
+        assert loaded[0].out_features == 3
+        assert torch.equal(loaded(torch.ones(1, 6)), slimmed.model(torch.ones(1, 6)))
     with pytest.raises(LoadError, match="does not fit the network"):
         load_slim(path, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Linear(3, 3)))
     with pytest.raises(LoadError, match="does not fit the network"):

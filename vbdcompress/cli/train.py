@@ -183,7 +183,7 @@ def _build(order: _Order, dataset: "DataSet", seed: int) -> "nn.Module":
     import torch
 
     from vbdcompress.architectures import build_architecture
-    from vbdcompress.conversion import check_model
+    from vbdcompress.originals import check_model
 
     torch.manual_seed(seed)
     model = build_architecture(order.arch, order.arguments, trusted=True)

@@ -17,6 +17,7 @@ from vbdcompress.architectures import build_architecture
 from vbdcompress.errors import LoadError
 from vbdcompress.exported import from_exported
 from vbdcompress.files import replacing
+from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
 
@@ -134,11 +135,12 @@ def load_slim(
 
     Args:
         path: a slim.safetensors file.
-        model: a freshly built original network, cut in place, or the program that was compressed;
-            None builds the architecture that the file names.
+        model: a freshly built original network, cut in place and taken out of wrappers for several
+            devices, or the program that was compressed; None builds the architecture that the file names.
         arch: overrides the architecture in the file; may run code of its choosing.
     Raises:
         LoadError: the file is damaged, names no architecture, or does not fit the network.
+        ConvertError: the model is TorchScript, or no network at all.
     """
     header, tensors = read_slim(Path(path))
     if model is None:
@@ -152,6 +154,7 @@ def load_slim(
         model = build_architecture(name, header.arguments, trusted=arch is not None)
     if isinstance(model, ExportedProgram):
         model = from_exported(model)
+    model = unwrap(model)
     for plan in header.plans:
         apply_plan_(model, plan)
     state = model.state_dict()
