@@ -1,6 +1,6 @@
 """What two networks give, compared: whether one is exactly the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -37,22 +37,34 @@ class _Promotion(TorchFunctionMode):
     """Every float32 that is named is float64; a tensor in float32 beside one in float64 is made one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__deepcopy__:  # our own doing, not the network's
-            return func(*args)  # type: ignore[no-untyped-call]
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        args, kwargs = tree_map(lambda item: torch.float64 if item is torch.float32 else item, (args, kwargs))
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name in ("__get__", "__deepcopy__"):  # the latter is our own doing, not the network's
+            return func(*args, **kwargs)
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        found = {item if isinstance(item, torch.dtype) else item.dtype for item in _typed(args, kwargs)}
+        if torch.float32 not in found:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(lambda item: torch.float64 if item is torch.float32 else item, (args, kwargs))
         writes = (
             name in ("__set__", "__setitem__")
             or (name.endswith("_") and not name.endswith("__"))
             or "out" in kwargs
         )
-        found: set[torch.dtype] = set()
-        tree_map(lambda item: found.add(item.dtype) if isinstance(item, Tensor) else None, (args, kwargs))
-        if not writes and {torch.float32, torch.float64} <= found:
+        if not writes and torch.float64 in {
+            item.dtype for item in _typed(args, kwargs) if isinstance(item, Tensor)
+        }:
             args, kwargs = tree_map(_promoted, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _typed(args: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[Tensor | torch.dtype]:
+    """The tensors and types among arguments, in lists of them too."""
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, Tensor | torch.dtype):
+            yield item
+        elif isinstance(item, list | tuple):
+            yield from _typed(item, {})
 
 
 def _promoted(item: Any) -> Any:

@@ -131,8 +131,8 @@ def _fold_constants(state: _Liveness) -> bool:
     inputs = _record_inputs(state)
     changed = False
     for group in state.groups:
-        for channel in silent.get(group.name, ()):
-            changed |= _fold_channel(state, group, np.array([channel]), inputs)
+        if group.name in silent:
+            changed |= _fold_channels(state, group, silent[group.name], inputs)
     return changed
 
 
@@ -166,25 +166,24 @@ def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _fold_channel(
-    state: _Liveness, group: ChannelGroup, channel: Index, inputs: dict[str, tuple[Tensor, Tensor]]
+def _fold_channels(
+    state: _Liveness, group: ChannelGroup, channels: Index, inputs: dict[str, tuple[Tensor, Tensor]]
 ) -> bool:
-    """Fold one constant channel into all its readers if all of them can take it."""
-    folds = []
+    """Fold those of the channels that are constant and that all their readers can take."""
+    if any(member.layer not in inputs for member in group.readers):  # not run on the example
+        return False
     for member in group.readers:
-        layer, positions = _layer(state.model, member), member.positions(channel)
-        if member.layer not in inputs:  # not run on the example: nothing is known
-            return False
-        low, high = (bound[positions] for bound in inputs[member.layer])
-        if bool((high - low > CONSTANT_TOLERANCE * (1 + high.abs())).any()):
-            return False
-        unread = bool(unread_inputs(layer)[positions].all())
-        if not unread and bool((high != 0).any()) and _pads_with_zeros(layer):
-            return False  # the border would read 0 where the middle reads the constant
-        folds.append((member.layer, layer, positions, high))
-    for name, layer, positions, constant in folds:
-        _fold_into_bias(state, name, layer, positions, constant)
-    return True
+        layer = _layer(state.model, member)
+        low, high = inputs[member.layer]
+        refused = high - low > CONSTANT_TOLERANCE * (1 + high.abs())
+        if _pads_with_zeros(layer):  # the border would read 0 where the middle reads the constant
+            refused |= ~unread_inputs(layer) & (high != 0)
+        channels = np.setdiff1d(channels, member.index[refused.cpu().numpy()])
+    for member in group.readers:
+        positions = member.positions(channels)
+        constant = inputs[member.layer][1][positions]
+        _fold_into_bias(state, member.layer, _layer(state.model, member), positions, constant)
+    return len(channels) > 0
 
 
 def _pads_with_zeros(layer: nn.Linear | _ConvNd) -> bool:
