@@ -160,6 +160,13 @@ class Remembers(nn.Linear):
         return self.seen
 
 
+class DropsAlways(nn.Linear):
+    """Drops in eval mode too."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x))
+
+
 class HasExtraState(nn.Linear):
     """With more than tensors in its state_dict."""
 
@@ -174,12 +181,13 @@ class HasExtraState(nn.Linear):
     ("layer", "message"),
     [
         (Remembers, r"can't be copied: it holds computed tensors: 4.seen"),
+        (DropsAlways, "in eval mode, outputs for the same inputs differ by .* from call to call"),
         (HasExtraState, "state_dict entry '4._extra_state' is a dict"),
         (lambda *sizes: nn.utils.weight_norm(nn.Linear(*sizes)), "holds computed tensors: 4.weight"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_networks_that_can_not_be_copied_or_written_are_refused_at_once(layer, message):
+def test_networks_that_no_file_could_hold_are_refused_at_once(layer, message):
     model, batches = batches_of(torch.arange(64) % 10, 6)
     model.append(layer(6, 10))
     model(batches[0][0])

@@ -109,7 +109,7 @@ def _advice(model: nn.Module, example: Inputs, error: BaseException) -> str:
         return f"Parameters and inputs are of {' and '.join(kinds)}: make both float32, by .float()."
     if isinstance(error, TypeError) and "missing" in str(error):
         return "Several inputs go through Python, as the loader yields them: compress(model, loader)"
-    return "Check the input's shape, and --data or --image-size."
+    return "Check the input's shape, and --data or --image-size; it must take batches of any size."
 
 
 def _shapes(example: Inputs) -> str:

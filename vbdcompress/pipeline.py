@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vbdcompress.choosing import FileSize
-from vbdcompress.compare import flatten_output
+from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.count import measure_size
 from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
@@ -23,7 +23,7 @@ from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, device_of, to_device, top1_error
 from vbdcompress.exported import from_exported
-from vbdcompress.exporting.onnx_file import export_onnx
+from vbdcompress.exporting.onnx_file import TOLERANCE, export_onnx
 from vbdcompress.exporting.preprocessing import check_pixels
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode
@@ -217,14 +217,7 @@ def _check(
     model: nn.Module, samples: Inputs, target: Any, sources: Sources, config: RunConfig, judge: Judge
 ) -> None:
     """Raise what would end the run after its fit: here it costs the user nothing yet."""
-    check_model(model, first(samples, 2))
-    for name, value in model.state_dict().items():
-        if not isinstance(value, torch.Tensor):  # what a module's get_extra_state gives
-            raise ConvertError(
-                "convert",
-                f"state_dict entry '{name}' is a {type(value).__name__}, allowed are tensors.",
-                "Keep what get_extra_state gives in a buffer.",
-            )
+    outputs = _check_network(model, samples)
     shape, found = tuple(sources.input.shape), example_shape(samples)
     if shape and shape != found:
         raise ConfigError(
@@ -241,7 +234,7 @@ def _check(
         for batches in (sources.train, sources.validation, sources.test or ()):
             for given, _ in islice(batches, 1):
                 check_pixels(given, sources.input)
-    if config.int8 and len(_outputs(model, first(samples, 2))) != 1:
+    if config.int8 and len(outputs) != 1:
         raise ConfigError("int8", "is for networks with one output.")
     by_label = judge.loss is cross_entropy
     if by_label or judge.follows(config):
@@ -253,6 +246,27 @@ def _check(
     try_metric(model, sources.validation, "validation", judge.metric)
     if sources.test is not None:
         try_metric(model, sources.test, "test", judge.metric)
+
+
+def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
+    """The outputs. Raises ConvertError where the network does not run, or no file could hold what it does."""
+    check_model(model, first(samples, 2))
+    outputs, again = _outputs(model, samples), _outputs(model, samples)
+    difference = relative_difference(outputs, again)
+    if outputs and difference > TOLERANCE:
+        raise ConvertError(
+            "convert",
+            f"in eval mode, outputs for the same inputs differ by {difference:.1g} from call to call.",
+            "Noise and dropout are for training: F.dropout(x, training=self.training), or an nn.Dropout.",
+        )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):  # what a module's get_extra_state gives
+            raise ConvertError(
+                "convert",
+                f"state_dict entry '{name}' is a {type(value).__name__}, allowed are tensors.",
+                "Keep what get_extra_state gives in a buffer.",
+            )
+    return outputs
 
 
 def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
