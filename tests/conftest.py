@@ -1,9 +1,11 @@
 """What several tests share: seeds, real data where it lies, tiny networks."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxscript
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,14 @@ from vbdcompress.vbd.layers import VBD_LAYERS, attach_posterior_
 def _fixed_seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # networks are tiny: a second thread only waits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exporter_parses_its_functions_once() -> None:
+    """torch's exporter parses the source of 500 functions anew each time: a quarter of a small export."""
+    parsed = vars(onnxscript.TracedOnnxFunction).get("function_ir")
+    if isinstance(parsed, property) and parsed.fget is not None:
+        onnxscript.TracedOnnxFunction.function_ir = property(functools.cache(parsed.fget))
 
 
 @pytest.fixture(scope="session")
