@@ -311,6 +311,22 @@ class Detaches(nn.Module):
         return self.head(torch.cat([beside, self.body(x).relu()], 1))
 
 
+class Routes(nn.Module):
+    """Each batch goes to one of its two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8)]), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.experts[int(x.sum() > 0)](x).relu())
+
+
+def test_layers_that_the_example_is_not_routed_to_are_converted():
+    converted = convert(Routes(), torch.ones(2, 6), "weights")
+    assert {row.name: row.action for row in converted.table}["experts.0.weight"] == "converted"
+
+
 @pytest.mark.parametrize("mode", ["weights", "channels"])
 def test_what_no_gradient_reaches_is_left(mode):
     model, example = Detaches().requires_grad_(False), torch.randn(4, 6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from vbdcompress.data import TensorBatches
 from vbdcompress.errors import ConfigError, ConvertError, DataError
 from vbdcompress.pipeline import compress
 
@@ -137,6 +138,7 @@ def test_log_probabilities_are_logits():
     ("metric", "message"),
     [
         (lambda output, target: (output.argmax(1) != target).float().mean(), r"an error for each example"),
+        (lambda output, target: torch.nan * (output.argmax(1) >= 0), "gives NaN for an example"),
         (lambda output, target: 3.0 * (output.argmax(1) >= 0), "errors from 3 to 3, allowed are 0 to 1"),
     ],
 )
@@ -146,10 +148,29 @@ def test_metrics_are_tried_before_the_fit(metric, message):
         compress(model, batches, validation=batches, metric=metric, epochs=1)
 
 
+def test_a_metric_may_be_out_by_its_rounding():
+    model, batches = batches_of(torch.arange(64) % 10)
+
+    def metric(output, _):
+        return output[:, 0] * 0 - 1e-7
+
+    compress(model, batches, validation=batches, test=batches, metric=metric, epochs=1)
+
+
 def test_a_label_below_0_is_refused():
     model, batches = batches_of(torch.arange(64) % 10 - 1)
     with pytest.raises(DataError, match="labels from -1, allowed are 0 to 9"):
         compress(model, batches, validation=batches, epochs=1)
+
+
+def test_labels_that_cross_entropy_passes_over_are_taken_in_training():
+    labels = torch.arange(64) % 10
+    model, clean = batches_of(labels)
+    _, some = batches_of(torch.where(torch.arange(64) % 7 == 0, -100, labels))
+    compress(model, some, validation=clean, test=clean, epochs=1, finetune_epochs=0)
+    whole = TensorBatches(torch.cat([images for images, _ in some]), torch.cat([each for _, each in some]), 8)
+    with pytest.raises(DataError, match=r"validation part.*labels from -100"):
+        compress(model, clean, validation=whole, epochs=1)
 
 
 class Remembers(nn.Linear):
@@ -193,6 +214,24 @@ def test_networks_that_no_file_could_hold_are_refused_at_once(layer, message):
     model(batches[0][0])
     with pytest.raises(ConvertError, match=message):
         compress(model, batches, validation=batches, epochs=1)
+
+
+class KeepsALoss(nn.Linear):
+    """Keeps a loss on the way, in training alone."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        if self.training:
+            self.kept = [found.abs().mean()]
+        return found
+
+
+def test_a_network_may_keep_losses_of_its_training_steps():
+    model, batches = batches_of(torch.arange(64) % 10, 6)
+    model.append(KeepsALoss(6, 10))
+    options = {"epochs": 2, "finetune_epochs": 1}
+    found = compress(model, batches, validation=batches, test=batches, **options)
+    assert len(found.report["finetune"]) == 1
 
 
 def test_sparse_embeddings_are_fitted():

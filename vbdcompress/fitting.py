@@ -20,6 +20,7 @@ from vbdcompress.distillation import teach
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
 from vbdcompress.optimization import make_optimizer
+from vbdcompress.originals import forget_graph_
 from vbdcompress.records import EpochRow
 from vbdcompress.training import EpochRunner, Listener
 from vbdcompress.vbd.elbo import ELBO
@@ -113,6 +114,7 @@ def fit(
     if config.precision == "64-true":
         model.to(dtype)
     _lay_out_(model, torch.contiguous_format)
+    forget_graph_(model)
     model.eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero)
 

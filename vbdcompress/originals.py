@@ -1,10 +1,12 @@
 """The network that a user gives: taken out of wrappers, copied, tried."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdcompress.errors import ConvertError
 from vbdcompress.evaluation import device_of, to_device
@@ -21,15 +23,31 @@ def copy_of(model: nn.Module) -> nn.Module:
             f"{name}.{own}".lstrip(".")
             for name, module in model.named_modules()
             for own, value in vars(module).items()
-            if isinstance(value, Tensor) and value.grad_fn is not None
+            if any(map(_is_computed, tree_leaves(value)))
         ]
         told = f"it holds computed tensors: {', '.join(held)}" if held else str(error)
         raise ConvertError(
             "convert",
             f"the network can't be copied: {told}.",
             "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations; "
-            "torch.nn.utils.prune: call prune.remove first; what forward keeps: detach it.",
+            "torch.nn.utils.prune: call prune.remove first; what forward keeps: detach it, or clear it.",
         ) from error
+
+
+def forget_graph_(model: nn.Module) -> None:
+    """Detach what forward kept of its last step, such as losses on the way: it can be copied then."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name not in ("_parameters", "_modules") and any(map(_is_computed, tree_leaves(value))):
+                vars(module)[name] = tree_map(_detached, value)
+
+
+def _detached(item: Any) -> Any:
+    return item.detach() if _is_computed(item) else item
+
+
+def _is_computed(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.grad_fn is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -231,16 +231,17 @@ def _check(
             "input=InputSpec(shape, mean, std)",
         )
     if config.embed_preprocessing:
-        for batches in (sources.train, sources.validation, sources.test or ()):
-            for given, _ in islice(batches, 1):
-                check_pixels(given, sources.input)
+        for batches in (sources.validation, sources.test):  # training may add noise to its pixels
+            if batches is not None:
+                for given, _ in islice(batches, 1):
+                    check_pixels(given, sources.input)
     if config.int8 and len(outputs) != 1:
         raise ConfigError("int8", "is for networks with one output.")
     by_label = judge.loss is cross_entropy
     if by_label or judge.follows(config):
         output = check_logits(model, samples, by_label=by_label)
         if by_label:
-            check_labels(output, target, sources)
+            check_labels(output, target, sources, judge.metric)
     if by_label and config.distill_share < 1:
         try_loss(model, sources.train, judge.loss)
     try_metric(model, sources.validation, "validation", judge.metric)

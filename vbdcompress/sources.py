@@ -16,6 +16,10 @@ from vbdcompress.reporting.build import DataRecord
 
 # Of a sum of probabilities, in float32 or coarser
 PROBABILITY = 1e-3
+# Of errors that users compute, in float32
+ROUNDING = 1e-4
+# The label that cross entropy passes over
+IGNORED = -100
 # What users' own raise on targets that they were not made for
 JUDGE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
@@ -113,7 +117,9 @@ def try_metric(model: nn.Module, batches: Iterable[Any], part: str, metric: Metr
             raise ValueError(f"classes are whole numbers of shape {list(output.argmax(1).shape)}")
         if not isinstance(errors, Tensor) or not errors.dim():
             raise ValueError(f"it gives {_describe_target(errors)}, allowed is an error for each example")
-        if not bool(((errors >= 0) & (errors <= 1)).all()):
+        if bool(errors.isnan().any()):
+            raise ValueError("it gives NaN for an example, allowed are 0 to 1")
+        if not bool(((errors >= -ROUNDING) & (errors <= 1 + ROUNDING)).all()):
             low, high = float(errors.min()), float(errors.max())
             raise ValueError(f"it gives errors from {low:g} to {high:g}, allowed are 0 to 1")
 
@@ -175,11 +181,12 @@ def check_logits(model: nn.Module, samples: Inputs, *, by_label: bool) -> Tensor
     return output
 
 
-def check_labels(output: Tensor, target: Any, sources: Sources) -> None:
+def check_labels(output: Tensor, target: Any, sources: Sources, metric: Metric) -> None:
     """Raise DataError where cross entropy can't be: of `target`, or of a set that is in memory.
 
     Args:
         output: [batch, classes], the network's.
+        metric: one of the user's own may pass over labels of -100, as cross entropy does.
     """
     if isinstance(target, Tensor) and target.is_floating_point():
         if target.dim() != 2 or target.shape[1] != output.shape[1]:
@@ -192,9 +199,11 @@ def check_labels(output: Tensor, target: Any, sources: Sources) -> None:
         return
     parts = {"training": sources.train, "validation": sources.validation, "test": sources.test}
     labelled = {part: each.labels for part, each in parts.items() if isinstance(each, TensorBatches)}
-    for part, labels in ({"training": target} | labelled).items():
-        if not isinstance(labels, Tensor) or not labels.numel():
+    for part, given in ({"training": target} | labelled).items():
+        if not isinstance(given, Tensor) or not given.numel():
             continue
+        skips = part == "training" or metric is not top1_error
+        labels = given.where(given != IGNORED, 0) if skips else given
         where = f"data set '{sources.record.name}', {part} part"
         if int(labels.max()) >= output.shape[1]:
             raise DataError(

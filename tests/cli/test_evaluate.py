@@ -138,6 +138,10 @@ def test_a_split_of_other_examples_than_training_s_is_not_held_out(cli, tmp_path
         for file in ("model.onnx", "slim.safetensors"):
             _, _, err = cli("evaluate", out / file, *asked)
             assert ("may have seen some" in err) == (count == 70)
+    # of the smaller set, training saw what a split of the larger one did not hold back
+    again = ["--data", tmp_path / "60.npz", "--out", tmp_path / "again", *QUICK]
+    assert cli("run", tmp_path / "70" / "slim.safetensors", *again)[0] == 0
+    assert json.loads((tmp_path / "again" / "report.json").read_text())["data"]["validation_held_out"] is None
 
 
 def test_files_say_the_order_of_the_classes(cli, tmp_path):

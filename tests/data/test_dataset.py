@@ -77,6 +77,14 @@ def test_load_data_notes_images_of_another_scale(tmp_path: Path, images: Any, wa
     assert [note[:10] for note in held.notes] == ["The valida"] * warned
 
 
+def test_load_data_takes_a_normalisation_that_is_a_scale_alone(tmp_path: Path) -> None:
+    dark = write_npz(
+        tmp_path / "set.npz", images=np.random.default_rng(0).integers(0, 20, (20, 4, 4), np.uint8)
+    )
+    for std in (1.0, 1 / 255):
+        assert load_data(dark, normalisation=InputSpec((1, 4, 4), (0.0,), (std,))).notes == ()
+
+
 def write_folder(root: Path, names: Sequence[str], size: tuple[int, int]) -> str:
     for name in names:
         (root / name).mkdir(parents=True)
@@ -103,6 +111,8 @@ def test_load_data_refuses_classes_that_stand_elsewhere_in_the_network(tmp_path:
     assert load_data(path, classes=("0", "1")).classes == ("cat", "dog")
     with pytest.raises(DataError, match="has class 'cat' as number 0, for the network it is number 1"):
         load_data(path, classes=("ant", "cat", "dog"))
+    unnamed = write_npz(tmp_path / "set.npz")  # its classes are numbers, not names
+    assert load_data(unnamed, classes=("0", "10", "1")).classes == ("0", "1", "2")
 
 
 def rows(inputs: torch.Tensor) -> set[bytes]:

@@ -1,12 +1,15 @@
 """Normalisation inside the file: bytes in, what the network gives for the normalised picture out."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from vbdcompress.errors import ConfigError
 from vbdcompress.exporting.export import export
@@ -55,3 +58,18 @@ def test_inputs_that_were_no_pixels_are_refused_before_the_fit() -> None:
     spec = InputSpec((1, 4, 4), (0.0,), (0.5,))
     with pytest.raises(ConfigError, match=r"the inputs are from .* to 2\.9., pixels are from 0 to 1"):
         compress(model, good, validation=bad, input=spec, embed_preprocessing=True, epochs=1)
+    # training images may have had noise added, and a test loader need have no length
+    compress(model, bad, validation=good, test=Endless(good), input=spec, embed_preprocessing=True, epochs=1)
+
+
+class Endless(IterableDataset):  # type: ignore[type-arg]
+    """Batches without a length."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        raise TypeError("has none")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)

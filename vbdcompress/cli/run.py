@@ -164,14 +164,18 @@ class _Reading:
         from vbdcompress.sources import Sources
 
         examples = len(data.train) + len(data.validation)
+        left_out = held_out(loaded.validation, examples)
+        split = self.split(loaded, config) | {"examples": examples}
+        if not left_out:
+            split["held_out"] = False
         record = DataRecord(
             Path(data.name).name if Path(data.name).exists() else data.name,
             data.classes,
             len(data.train),
             len(data.validation),
             None if data.test is None else len(data.test),
-            True if self.validation or held_out(loaded.validation, examples) else None,
-            None if self.validation else {"examples": examples} | self.split(loaded, config),
+            True if self.validation or left_out else None,
+            None if self.validation else split,
         )
         batch_size = config.examples_a_step(len(data.train))
         return Sources(

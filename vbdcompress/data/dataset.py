@@ -16,6 +16,8 @@ from vbdcompress.records import InputSpec
 MEASURED_AT_ONCE = 1000
 # Further off in mean, counted in deviations, or in their deviation, images are of another scale
 STRANGE_MEAN, STRANGE_STD = 4.0, (0.1, 3.0)
+# Of pixels from 0 to 1
+DEVIATIONS = (0.02, 0.5)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def load_data(
 
 def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> None:
     """Labels are positions among the classes: one that the network knows must stand where it does there."""
+    if list(found) == [str(number) for number in range(len(found))]:  # made up: names were not given
+        return
     moved = [each for each in found if each in known and found.index(each) != known.index(each)]
     if moved:
         raise DataError(
@@ -162,6 +166,8 @@ def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> Non
 
 def _notes(part: str, raw: RawImages, told: InputSpec) -> tuple[str, ...]:
     """A warning where a part's images are of another scale than those that the network was trained on."""
+    if any(not DEVIATIONS[0] <= std <= DEVIATIONS[1] for std in told.std):
+        return ()  # a scale (1 for pixels as they are, 1/255 for bytes), not how far the images vary
     some = raw.images[:: max(1, len(raw.images) // MEASURED_AT_ONCE)]
     found = _measure(replace(raw, images=some))
     strange = any(

@@ -16,7 +16,8 @@ def without_gradient(model: nn.Module, example: Inputs) -> set[str]:
     """Names of the parameters that no gradient reaches from the network's output.
 
     Their posterior would follow the KL alone, and all of them would go. Empty where that can't be told: a
-    network that takes more in training than the example.
+    network that takes more in training than the example. Layers that the example is not routed to do not
+    count: others may be.
 
     Args:
         model: plain; left as it was. Frozen parameters count as if they were not.
@@ -27,12 +28,15 @@ def without_gradient(model: nn.Module, example: Inputs) -> set[str]:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     blind = set(parameters)
+    called: set[str] = set()
+    for name, module in trial.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     for training in (True, False):  # a layer may be left out at random in training
         try:
             blind -= _reached(trial.train(training), example, parameters)
         except TRACE_ERRORS:
             return set()
-    return blind
+    return {name for name in blind if name.rpartition(".")[0] in called}
 
 
 def _reached(model: nn.Module, example: Inputs, parameters: dict[str, nn.Parameter]) -> set[str]:
