@@ -154,7 +154,8 @@ def test_a_metric_may_be_out_by_its_rounding():
     def metric(output, _):
         return output[:, 0] * 0 - 1e-7
 
-    compress(model, batches, validation=batches, test=batches, metric=metric, epochs=1)
+    found = compress(model, batches, validation=batches, test=batches, metric=metric, epochs=1)
+    assert found.report["error"] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_label_below_0_is_refused():
