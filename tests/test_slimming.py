@@ -49,6 +49,30 @@ def test_a_round_of_weights_keeps_multiples_of_channels_too():
     assert [group.kept for group in rounded.groups] == [16, 13, 3]
 
 
+class Beside(nn.Module):
+    """Two layers that one reads side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(10, 14), nn.Linear(10, 9)
+        self.both, self.last = nn.Linear(23, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.last(self.both(torch.cat([self.left(x).sigmoid(), self.right(x).sigmoid()], 1)).relu())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_features_keep_multiples_beside_the_channels_that_go(seed):
+    torch.manual_seed(seed)
+    converted = convert(Beside(), torch.randn(2, 10), "weights", prune_inputs=True)
+    for posterior in find_posteriors(converted.model):
+        rows, alone = torch.rand(len(posterior.theta)) < 0.5, torch.rand(posterior.theta.shape) < 0.3
+        posterior.log_sigma2.data = torch.where(rows[:, None] | alone, 40.0, -20.0)
+    cut = slim(converted, 0.0, round_to=8).model
+    arriving = cut.left.out_features + cut.right.out_features
+    assert cut.both.in_features in {8, 16, arriving}
+
+
 class MakesFloats(nn.Module):
     """Makes tensors in float32, by default and by name, and keeps one that is no buffer."""
 

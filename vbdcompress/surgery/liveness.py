@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from vbdcompress.inputs import Inputs, call, input_of
-from vbdcompress.surgery.groups import ChannelGroup, Member
+from vbdcompress.surgery.groups import NOT_HERE, ChannelGroup, Member
 from vbdcompress.surgery.plan import plan_removed
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.surgery.weights import (
@@ -65,14 +65,30 @@ def plan_removal_(
     state.removed = {group.name: set() for group in state.groups}
     while _remove_unread(state) or (fold and _fold_constants(state)):
         pass
-    for group in state.groups:
+    for group in sorted(state.groups, key=lambda group: group.is_features):
         gone = state.removed[group.name]
-        kept = group.size - len(gone)
-        wanted = min(group.size, -(-kept // round_to) * round_to)
-        gone -= set(sorted(gone)[: wanted - kept])
+        behind = _behind_channels(state, group) if group.is_features else set()
+        most = group.size - len(behind)
+        kept = most - len(gone - behind)
+        wanted = min(most, -(-kept // round_to) * round_to)
+        gone -= set(sorted(gone - behind)[: wanted - kept])
     return plan_removed(
         model, [(group, state.removed[group.name]) for group in state.groups], state.new_biases
     )
+
+
+def _behind_channels(state: _Liveness, features: ChannelGroup) -> set[int]:
+    """Features of a group that go in any case: they are those of channels that go."""
+    behind: set[int] = set()
+    for group in state.groups:
+        gone = np.array(sorted(state.removed[group.name]), dtype=np.int64)
+        if group.is_features or not len(gone):
+            continue
+        for member in group.readers:
+            for reader in features.readers:
+                if reader.layer == member.layer:
+                    behind.update(reader.index[member.positions(gone)].tolist())
+    return behind - {NOT_HERE}
 
 
 def _layer(model: nn.Module, member: Member) -> nn.Linear | _ConvNd:
