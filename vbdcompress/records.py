@@ -76,7 +76,7 @@ class EpochRow:
     Attributes:
         epoch: counted from 1.
         nll, kl: means over the epoch, nats per example; kl already divided by num_data.
-        beta: weight of the KL in this epoch.
+        beta: weight of the KL in this epoch; 0 without posteriors.
         error: on the validation set, percent; None where there is none.
         sparsity: fraction of posteriors with log_alpha >= threshold; None without posteriors.
         learning_rate: of theta.

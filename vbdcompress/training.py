@@ -18,6 +18,7 @@ from vbdcompress.inputs import batch_size, call
 from vbdcompress.optimization import default_beta
 from vbdcompress.records import EpochRow
 from vbdcompress.vbd.elbo import beta_at
+from vbdcompress.vbd.posterior import find_posteriors
 
 
 class Listener(Protocol):
@@ -59,14 +60,15 @@ class EpochRunner:
         self.fabric, self.config = fabric, config
         self.module, self.optimizer, self.batches = module, optimizer, batches
         self.teacher, self.listener = teacher, listener
-        self.full_beta = default_beta(module) if config.beta is None else config.beta
+        beta = default_beta(module) if config.beta is None else config.beta
+        self.full_beta = beta if find_posteriors(module) else 0.0
         self.warmup = min(config.warmup_epochs, config.epochs // 2)
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         weights = [weight for weight in module.parameters() if weight.dim() >= 2] if keep_zeros else []
         self.kept = [(weight, weight != 0) for weight in weights if bool((weight == 0).any())]
 
     def beta(self, epoch: int) -> float:
-        """Weight of the KL in an epoch counted from 0."""
+        """Weight of the KL in an epoch counted from 0; 0 where nothing has a posterior."""
         return beta_at(epoch, self.full_beta, self.warmup)
 
     def rate(self, epoch: int) -> float:
