@@ -1,22 +1,23 @@
 """What a run does stage by stage, between the data that it is given and the report."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vbdcompress.budget import make_budget, round_budget
+from vbdcompress.choices import Choice, describe_judgement
 from vbdcompress.choosing import Candidates, FileSize, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
-from vbdcompress.fitting import fit
+from vbdcompress.fitting import FitResult, fit
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.optimization import default_beta
 from vbdcompress.precision import Rounding, round_model_
-from vbdcompress.records import TIE, CurvePoint, EpochRow, Selection, Size
+from vbdcompress.records import TIE, EpochRow, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
     CURVE_EXAMPLES,
@@ -26,10 +27,11 @@ from vbdcompress.slimming import (
     measure_curve,
     posterior_sigma,
     reestimate_batch_norm_,
+    slim,
 )
-from vbdcompress.sources import Sources
+from vbdcompress.sources import Sources, first_batch
 from vbdcompress.surgery.slice import RemovalPlan
-from vbdcompress.workplace import Workplace
+from vbdcompress.workplace import CUT, WRITING, Workplace
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,22 @@ class StageRunner:
             log_sigma2=config.log_sigma2,
             cost=config.cost,
         )
-        epochs = self._fit(converted.model, config, f"{number + 1}-{mode}", threshold=_log_threshold(config))
+        step = f"{number + 1}-{mode}"
+        fitted = self._fit(converted.model, config, step, threshold=_log_threshold(config))
+        choice, slimmed = self._choose(converted, fitted, number, step, baseline)
+        self.prepare(slimmed.model, STATISTICS_EXAMPLES)
+        record = self._record(converted, slimmed, number, fitted.epochs, choice)
+        return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
+
+    def _choose(
+        self, converted: Converted, fitted: FitResult, number: int, step: str, baseline: float
+    ) -> tuple[Choice, Slim]:
+        """Cut where the options ask for it; a run that goes on, where it was cut before."""
+        config, file = self.config.rounds[number], self.workplace.choice(step)
+        of = self._choice_of(fitted)
+        choice = None if file is None else file.restore(of)
+        if choice is not None:
+            return choice, slim(converted, choice.selection.threshold, round_to=config.round_to)
         curve = measure_curve(
             converted,
             self.validate,
@@ -153,9 +170,20 @@ class StageRunner:
         curve, selection, slimmed = choose(
             candidates, round_budget(self.config, number, self.original), baseline
         )
-        self.prepare(slimmed.model, STATISTICS_EXAMPLES)
-        record = self._record(converted, slimmed, number, epochs, curve, selection)
-        return StageResult(slimmed.model, slimmed.plan, posterior_sigma(converted, slimmed), record)
+        choice = Choice(curve, selection)
+        if file is not None and fitted.is_main:
+            file.keep(of, choice)
+        return choice, slimmed
+
+    def _choice_of(self, fitted: FitResult) -> dict[str, Any]:
+        """What makes a choice this one: the fit, the options, and by what networks are judged."""
+        return {
+            "fit": asdict(fitted.epochs[-1]) if fitted.epochs else None,
+            "options": self.config.model_dump(mode="json", include=CUT | WRITING),
+            "judged": describe_judgement(
+                self.judge.metric, first_batch(self.sources.validation, "validation")[1]
+            ),
+        }
 
     def _record(
         self,
@@ -163,8 +191,7 @@ class StageRunner:
         slimmed: Slim,
         number: int,
         epochs: tuple[EpochRow, ...],
-        curve: tuple[CurvePoint, ...],
-        selection: Selection,
+        choice: Choice,
     ) -> StageRecord:
         config = self.config.rounds[number]
         assert config.mode != "both"  # a round is of one kind
@@ -175,16 +202,16 @@ class StageRunner:
             converted.table,
             slimmed.groups,
             epochs,
-            curve,
-            selection,
+            choice.curve,
+            choice.selection,
             log_alpha_histogram(converted.model),
             config.cost if config.mode == "channels" else "none",
             self._distillation(),
         )
 
-    def _fit(self, model: nn.Module, config: RunConfig, step: str, **options: Any) -> tuple[EpochRow, ...]:
+    def _fit(self, model: nn.Module, config: RunConfig, step: str, **options: Any) -> FitResult:
         """Fit a network, in place, on the run's data and teacher; `step` names its checkpoint."""
-        fitted = fit(
+        return fit(
             model,
             self.sources.train,
             config,
@@ -197,7 +224,6 @@ class StageRunner:
             listener=self.workplace.listener,
             **options,
         )
-        return fitted.epochs
 
     def _distillation(self) -> dict[str, float] | None:
         if self.teacher is None:
@@ -216,7 +242,7 @@ class StageRunner:
                 "schedule": "linear",
             }
         )
-        return self._fit(model, config, "finetune", keep_zeros=True)
+        return self._fit(model, config, "finetune", keep_zeros=True).epochs
 
     def round(self, model: nn.Module, sigma: dict[str, Tensor], baseline: float) -> Rounding | None:
         """Round the slim network's weights, in place, as the options ask; None where they do not."""

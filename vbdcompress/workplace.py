@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
+from vbdcompress.choices import ChoiceFile
 from vbdcompress.config import MACHINE, RunConfig
 from vbdcompress.errors import FitError
 from vbdcompress.files import write_text
@@ -82,12 +83,17 @@ class Workplace:
         else:
             stale = [*FIRST_STEPS, *SECOND_STEPS, FINETUNE]
         for step in stale:  # by name: the folder may hold checkpoints of the user's own
-            (self.folder / f"{step}.ckpt").unlink(missing_ok=True)
+            for name in (f"{step}.ckpt", f"{step}.choice.json"):
+                (self.folder / name).unlink(missing_ok=True)
         write_text(path, json.dumps(identity))
 
     def checkpoint(self, step: str) -> FitCheckpoint | None:
         """The checkpoint of one step of the run; None where nothing is kept."""
         return None if self.folder is None else FitCheckpoint(self.folder / f"{step}.ckpt", self.resume)
+
+    def choice(self, step: str) -> ChoiceFile | None:
+        """The cut that was chosen after one step of the run; None where nothing is kept."""
+        return None if self.folder is None else ChoiceFile(self.folder / f"{step}.choice.json", self.resume)
 
     def remove_if_empty(self) -> None:
         """Leave no trace of a run that failed before it had anything to keep."""
