@@ -137,7 +137,8 @@ def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelPr
     """Export, clean and check."""
     two = resize(samples, 2)
     tensors = tensors_of(two)
-    shapes: tuple[Any, ...] = ({0: torch.export.Dim("batch")},) * len(tensors)
+    # torch tells a batch of one apart as it traces, and 2.8 insists on it; the file knows no bounds
+    shapes: tuple[Any, ...] = ({0: torch.export.Dim("batch", min=2)},) * len(tensors)
     try:
         with in_eval_mode(model), _quiet_exporter():
             with torch.no_grad():
