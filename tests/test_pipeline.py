@@ -231,7 +231,8 @@ def test_compress_keeps_the_user_s_own_checkpoints(trained, data, tmp_path):
     loaders = {"validation": loader_of(data.validation), "test": loader_of(data.test)}
     options = {"epochs": 1, "finetune_epochs": 0, "checkpoints": tmp_path}
     compress(trained.model, loader_of(data.train), **loaders, **options)
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["1-channels.ckpt", "best.ckpt", "run.json"]
+    kept = ["1-channels.choice.json", "1-channels.ckpt", "best.ckpt", "run.json"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == kept
     assert (tmp_path / "best.ckpt").read_text() == "mine"
 
 
