@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbdcompress.errors import DataError
-from vbdcompress.evaluation import cross_entropy, device_of, measure_error, to_device, top1_error
+from vbdcompress.evaluation import (
+    cross_entropy,
+    device_of,
+    measure_error,
+    to_device,
+    top1_error,
+    whole_float32,
+)
 
 META = torch.device("meta")
 
@@ -85,3 +92,19 @@ def test_device_of_a_network() -> None:
 def test_cross_entropy_refuses_several_outputs():
     with pytest.raises(DataError, match=r"(?s)gives a tuple in training mode.*aux_logits=False"):
         cross_entropy((torch.zeros(2, 3), torch.zeros(2, 3)), torch.tensor([0, 1]))
+
+
+def test_whole_float32_holds_on_a_gpu_for_as_long_as_it_is_asked_for() -> None:
+    conv = getattr(torch.backends.cudnn, "conv", None)  # torch 2.9 and newer
+
+    def settings() -> tuple[bool, str | None]:
+        return torch.backends.cudnn.allow_tf32, conv and conv.fp32_precision
+
+    before = settings()
+    assert before[0]
+    with pytest.raises(KeyError), whole_float32(torch.device("cuda")):
+        assert conv.fp32_precision == "ieee" if conv else not torch.backends.cudnn.allow_tf32
+        raise KeyError
+    assert settings() == before
+    with whole_float32(torch.device("cpu")):
+        assert settings() == before

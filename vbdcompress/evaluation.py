@@ -1,6 +1,7 @@
 """Error of a network on a set, in percent."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,26 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+@contextmanager
+def whole_float32(device: torch.device) -> Iterator[None]:
+    """No TF32 in convolutions on a GPU: the file runs in float32, and the report's error is to be the file's."""
+    if device.type != "cuda":
+        yield
+        return
+    # torch 2.9 gave each operation a setting of its own, and refuses to read the old one beside it
+    holder, name, whole = (
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee")
+        if hasattr(torch.backends.cudnn, "conv")
+        else (torch.backends.cudnn, "allow_tf32", False)
+    )
+    before = getattr(holder, name)
+    setattr(holder, name, whole)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
 @torch.no_grad()
 def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top1_error) -> float:
     """Mean of `metric` over a set in percent, in eval mode; the network's mode is put back.
@@ -71,7 +92,7 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
     """
     device = device_of(model)
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    with in_eval_mode(model):
+    with in_eval_mode(model), whole_float32(device):
         for inputs, target in batches:
             errors = metric(call(model, to_device(inputs, device)), to_device(target, device))
             total += errors.double().sum()

@@ -174,7 +174,7 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
         if fabric.is_global_zero:
             workplace.remove_if_empty()
     if result.is_main:
-        found = _write(order, model.cpu().eval(), dataset, config)
+        found = _write(order, model.eval(), dataset, config)
         workplace.remove()
         console.print(f"Written to [bold]{order.out}[/bold]: {found}", highlight=False)
 
@@ -221,7 +221,7 @@ def _write(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunCo
         "examples": len(dataset.train) + len(dataset.validation),
     }
     loaded = Loaded(
-        model,
+        model.cpu(),
         order.arch,
         order.arguments,
         order.data_name,
