@@ -219,6 +219,12 @@ def test_fit_logs_the_weight_that_the_kl_had(
     assert [(row.kl, row.beta) for row in plain.epochs] == 4 * [(0.0, 0.0)]
 
 
+def test_fit_leaves_no_gradients_behind(small_batches: TensorBatches, make_network: Make) -> None:
+    model = make_network()
+    fit(model, small_batches, settings())
+    assert [parameter.grad for parameter in model.parameters()] == 4 * [None]
+
+
 def test_fit_for_no_epochs_changes_nothing(small_batches: TensorBatches, make_network: Make) -> None:
     model = make_network()
     result = fit(model, small_batches, settings(epochs=0), validation=small_batches)

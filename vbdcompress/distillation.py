@@ -14,6 +14,7 @@ from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.evaluation import Loss, one_head
 from vbdcompress.inputs import in_eval_mode
+from vbdcompress.layout import lay_out_
 
 AT_ONCE = 1000
 
@@ -66,6 +67,7 @@ def teach(
         return loss, batches, None
     teacher = copy.deepcopy(teacher).to(fabric.device).eval()
     open_attention_(teacher)  # the same function, by its layers
+    lay_out_(teacher, torch.channels_last)
     distilled = DistillationLoss(loss, config.distill_share, config.temperature)
     views = batches.views if isinstance(batches, TensorBatches) else None
     if views is not None and views <= max(1, config.epochs):

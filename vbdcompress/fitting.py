@@ -19,6 +19,7 @@ from vbdcompress.devices import check_same_start, named_loss_of_a_process, start
 from vbdcompress.distillation import teach
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
+from vbdcompress.layout import lay_out_
 from vbdcompress.optimization import make_optimizer
 from vbdcompress.originals import forget_graph_
 from vbdcompress.records import EpochRow
@@ -82,7 +83,7 @@ def fit(
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         loss, placed, absent = teach(teacher, loss, placed, config, fabric)
-        _lay_out_(model, torch.channels_last)
+        lay_out_(model, torch.channels_last)
         elbo = ELBO(model, loss, total, config.prior)
         optimizer = make_optimizer(model, config)
         dtype = next(model.parameters()).dtype
@@ -111,9 +112,10 @@ def fit(
             state.keep(rows)
             if listener is not None:
                 listener.on_epoch(rows[-1], config.epochs)
+        optimizer.zero_grad(set_to_none=True)  # CUDA graphs' memory goes with the compiled code
     if config.precision == "64-true":
         model.to(dtype)
-    _lay_out_(model, torch.contiguous_format)
+    lay_out_(model, torch.contiguous_format)
     forget_graph_(model)
     model.eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero)
@@ -161,15 +163,6 @@ def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
         f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",
         "Use a torch DataLoader.",
     )
-
-
-def _lay_out_(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Order of the weights of 2-d convolutions in memory; channels last is what they run fastest in."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            for parameter in module.parameters(recurse=False):
-                if parameter.dim() == 4:
-                    parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _title(model: nn.Module, done: int, keep_zeros: bool) -> str:
