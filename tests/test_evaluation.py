@@ -102,8 +102,10 @@ def test_whole_float32_holds_on_a_gpu_for_as_long_as_it_is_asked_for() -> None:
 
     before = settings()
     assert before[0]
-    with pytest.raises(KeyError), whole_float32(torch.device("cuda")):
+    with whole_float32(torch.device("cuda")):
         assert conv.fp32_precision == "ieee" if conv else not torch.backends.cudnn.allow_tf32
+    assert settings() == before
+    with pytest.raises(KeyError), whole_float32(torch.device("cuda")):
         raise KeyError
     assert settings() == before
     with whole_float32(torch.device("cpu")):

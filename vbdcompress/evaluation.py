@@ -62,7 +62,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def whole_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 in convolutions on a GPU: the file runs in float32, and the report's error is to be the file's."""
+    """No TF32 in a GPU's convolutions: the error that is measured is to be that of the file, in float32."""
     if device.type != "cuda":
         yield
         return

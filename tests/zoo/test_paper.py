@@ -3,6 +3,9 @@
 import importlib
 import json
 import runpy
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +16,8 @@ from torch import nn
 
 from vbdcompress.architectures import build_architecture
 from vbdcompress.config import make_config, read_toml
+from vbdcompress.data import load_data
+from vbdcompress.loading import load
 
 PAPER = Path(__file__).parents[2] / "zoo" / "paper"
 
@@ -59,6 +64,8 @@ def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path):
             "dense_test_error": 1.05,
             "size": {"nonzeros": nonzeros, "parameters": 1000, "macs": 500},
             "dense_size": {"nonzeros": 8000, "parameters": 8000, "macs": 8000},
+            "weights": nonzeros - 20,
+            "dense_weights": 7200,
             "kept": {"layers.0": 7, "layers.1": 5},
             "epochs": 3,
             "minutes": 4.0 + seed,
@@ -71,6 +78,7 @@ def test_a_line_is_mean_and_spread_over_the_seeds(script, tmp_path):
     line = module._line(tmp_path, "vbd", "VBD")
     assert line["error"] == "1.60 ± 0.14 %"  # the deviation of 1.5 and 1.7 is 0.2 / sqrt(2)
     assert line["ratios"]["nonzeros"] == "60.0 ± 28.3x"
+    assert line["weights"] == "65.0 ± 35.4x"  # 7200 / 80 and 7200 / 180
     assert line["exported"] == "1.50 %"
     assert line["seeds"] == 2
     assert line["minutes"] == "5"  # of the whole run
@@ -116,3 +124,87 @@ def test_the_rival_makes_as_many_passes_as_vbd(script):
         {"mode": "weights", "epochs": 50, "finetune_epochs": 7, "first": {"mode": "weights", "epochs": 5}}
     )
     assert script("magnitude")._epochs(config) == 62
+
+
+RECIPE = """
+mode = "weights"
+beta = 2.0
+epochs = 6
+finetune_epochs = 2
+threshold = 0.0
+"""
+
+
+@pytest.fixture
+def tables(script, monkeypatch, tmp_path):
+    """zoo/paper/tables.py with one row, on the small digits, that works and writes below tmp_path."""
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    rows = script("rows")
+
+    class Row(rows.Row):
+        def recipe(self, method):
+            return tmp_path / "recipe.toml"
+
+    row = Row("digits_weights", "digits", "weights", "Digits", 1, "-", "-")
+    monkeypatch.setattr(script("magnitude"), "RESULTS", tmp_path / "results")
+    places = {"ROWS": {row.name: row}, "RESULTS": tmp_path / "results", "WORK": tmp_path / "work"}
+    for place, value in places.items():
+        monkeypatch.setattr(script("tables"), place, value)
+    monkeypatch.setattr(script("tables").shutil, "copytree", lambda *_, **__: None)  # into exports
+    return script("tables")
+
+
+def do(tables, capsys):
+    """Have VBD's run done; what the script said."""
+    tables.main.callback(("digits_weights",), ("vbd",), (), Path("none"))
+    return capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_goes_on_and_is_then_skipped(tables, capsys):
+    row = tables.ROWS["digits_weights"]
+    out = tables.WORK / "digits_weights-vbd-0"
+    command = tables._command(row, "vbd", 0, out)
+    run = subprocess.Popen([sys.executable, "-m", *command], cwd=tables.ROOT, stdout=subprocess.DEVNULL)
+    while run.poll() is None and not list(out.glob(".state/*.ckpt")):
+        time.sleep(0.05)
+    run.kill()
+    assert run.wait() != 0, "it was over before it could be killed"
+    do(tables, capsys)
+    result = json.loads((tables.RESULTS / row.name / "vbd-0.json").read_text())
+    assert result["resumed"] is True
+    assert result["epochs"] == 8
+    assert result["weights"] < result["size"]["nonzeros"]  # biases count there, too
+    assert result["dense_weights"] == 16 * 9 + 32 * 16 * 9 + 64 * 128 + 10 * 64
+    assert do(tables, capsys) == "digits_weights vbd seed 0: done\n"
+
+
+def test_magnitude_pruning_goes_on_where_it_was_cut_off(script, tables, monkeypatch, tmp_path):
+    magnitude, row = script("magnitude"), tables.ROWS["digits_weights"]
+    (tables.RESULTS / row.name).mkdir(parents=True)
+    (tables.RESULTS / row.name / "vbd-0.json").write_text('{"size": {"nonzeros": 2000}}')
+    data, dense = load_data("digits"), load(row.checkpoint).model.eval()
+    config = make_config(read_toml(row.recipe("vbd")) | {"epochs": 8})  # and 2 epochs more: one a round
+    fits, fit = [], magnitude.fit
+
+    def prune(name, resume, interrupted_after=None):
+        def counting(*arguments, **options):
+            if len(fits) == interrupted_after:
+                raise KeyboardInterrupt
+            fits.append(options["checkpoint"].path.name)
+            return fit(*arguments, **options)
+
+        fits.clear()
+        monkeypatch.setattr(magnitude, "fit", counting)
+        (tmp_path / name).mkdir(exist_ok=True)
+        return magnitude._prune_in_rounds(dense, data, config, row, tmp_path / name, resume)
+
+    whole = prune("whole", resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        prune("cut", resume=False, interrupted_after=4)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").iterdir()}
+    assert len(written) == 4
+    resumed = prune("cut", resume=True)
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # not trained again
+    assert script("rows").count_weights(resumed) < 2000
+    for expected, found in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(expected, found)

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import torch
 import torch_pruning as tp
-from rows import RESULTS, ROWS, Row
+from rows import RESULTS, ROWS, Row, count_weights
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -68,6 +68,7 @@ def main(row: str, seed: int, out: Path, data_root: Path, resume: bool) -> None:
     }
     report = {
         "size": {"before": vars(before), "after": vars(after)},
+        "weights": count_weights(model),
         "errors": errors,
         "stages": [],
         "finetune": [None] * _epochs(config),

@@ -7,6 +7,8 @@ that is known of any method.
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 ZOO = Path(__file__).resolve().parents[1]
 ROOT = ZOO.parent
 RESULTS = ZOO / "paper" / "results"
@@ -96,3 +98,8 @@ ROWS = {
         ),
     )
 }
+
+
+def count_weights(model: nn.Module) -> int:
+    """Weights that are not zero, the paper's |W != 0|: it counts no biases."""
+    return sum(int(tensor.count_nonzero()) for tensor in model.parameters() if tensor.dim() > 1)

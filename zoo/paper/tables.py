@@ -8,6 +8,7 @@ zoo/paper/results is skipped. When all are there: `python zoo/paper/write_readme
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rows import METHODS, RESULTS, ROOT, ROWS, Row
+from rows import METHODS, RESULTS, ROOT, ROWS, Row, count_weights
+
+from vbdcompress.exporting.slim_file import load_slim
+from vbdcompress.loading import load
 
 WORK = ROOT / ".runs"
+SLIM_FILE = "slim.safetensors"
 
 
 @click.command()
@@ -43,26 +48,19 @@ def main(rows: tuple[str, ...], methods: tuple[str, ...], seeds: tuple[int, ...]
 def _run(row: Row, method: str, seed: int, data_root: Path, result: Path) -> None:
     """One run, as a command of its own that anybody can give, and its result file."""
     out = WORK / f"{row.name}-{method}-{seed}"
-    commit = _commit()
-    if method == "magnitude":
-        program = [sys.executable, str(ROOT / "zoo" / "paper" / "magnitude.py"), row.name]
-    else:
-        recipe = str(row.recipe(method).relative_to(ROOT))
-        program = [sys.executable, "-m", "vbdcompress", "run", str(row.checkpoint.relative_to(ROOT))]
-        program += ["--config", recipe]
-    command = [*program, "--seed", str(seed), "--out", str(out.relative_to(ROOT))]
+    commit, command = _commit(), _command(row, method, seed, out)
+    started = [sys.executable, *(command[1:] if command[0] == "python" else ["-m", *command])]
     resumed = (out / ".state").is_dir()
     flags = ["--resume"] if resumed else []
-    subprocess.run([*command, *flags, "--data-root", str(data_root)], cwd=ROOT, check=True)
+    subprocess.run([*started, *flags, "--data-root", str(data_root)], cwd=ROOT, check=True)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    shown = ["vbdcompress" if part == "-m" else part for part in command]
-    shown = shown[shown.index("vbdcompress") :] if "vbdcompress" in shown else ["python", *shown[1:]]
-    shown = [part for number, part in enumerate(shown) if part != "vbdcompress" or number == 0]
     content = figures(report) | {
+        "weights": report["weights"] if method == "magnitude" else count_weights(load_slim(out / SLIM_FILE)),
+        "dense_weights": count_weights(load(row.checkpoint).model),
         "row": row.name,
         "method": method,
         "seed": seed,
-        "command": " ".join(part.replace(f"{ROOT}/", "") for part in shown),
+        "command": " ".join(command),
         "commit": commit,
         "resumed": resumed,
     }
@@ -70,6 +68,25 @@ def _run(row: Row, method: str, seed: int, data_root: Path, result: Path) -> Non
     result.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if method == "vbd" and seed == 0:
         shutil.copytree(out, ROOT / "exports" / row.name, dirs_exist_ok=True)
+
+
+def _command(row: Row, method: str, seed: int, out: Path) -> list[str]:
+    """What anybody can give in the root of the project, with a data root."""
+    if method == "magnitude":
+        program = ["python", "zoo/paper/magnitude.py", row.name]
+    else:
+        program = [
+            "vbdcompress",
+            "run",
+            _from_root(row.checkpoint),
+            "--config",
+            _from_root(row.recipe(method)),
+        ]
+    return [*program, "--seed", str(seed), "--out", _from_root(out)]
+
+
+def _from_root(path: Path) -> str:
+    return os.path.relpath(path, ROOT)
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
