@@ -98,7 +98,7 @@ def _line(results: Path, method: str, title: str) -> dict[str, Any] | None:
         "error": _spread([run["test_error"] for run in runs], 2, " %"),
         "dense": f"{runs[0]['dense_test_error']:.2f} %",
         "ratios": {field: _spread(values, 1, "x") for field, values in ratios.items()},
-        "weights": _spread(counted, 1, "x") if len(counted) == len(runs) else "",
+        "weights": _spread(counted, 1, "x") if counted else "",
         "millions": {field: f"{mean(run['size'][field] for run in runs) / 1e6:.2f}M" for field in ratios},
         "devices": ", ".join(sorted({run["device"] for run in runs})),
         "kept": "-".join(str(count) for count in runs[0]["kept"].values()),
