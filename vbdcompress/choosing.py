@@ -72,7 +72,7 @@ class FileSize:
         rounded = copy.deepcopy(model)
         write_rounded_(rounded, codes)
         record = self.sources.record
-        spec = replace(self.sources.input, embedded=self.config.embed_preprocessing)
+        spec = self.sources.input
         told = file_properties(spec, record.name, record.classes, record.split, (100.0, "validation"))
         scratch, storage = Scratch(), Storage(self.config.packs, codes, told)
         return write_onnx(rounded, scratch.folder / "chosen.onnx", self.samples, spec, storage).bytes

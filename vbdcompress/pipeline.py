@@ -138,6 +138,7 @@ def run_stages(
 ) -> Result:
     """The whole way on prepared data; `compress` and the command line both end here."""
     fabric = start_fabric(config)
+    sources = replace(sources, input=replace(sources.input, embedded=config.embed_preprocessing))
     # The order that a user's loader draws outside the fit is the run's own too, and ends with it
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         torch.manual_seed(config.seed)

@@ -1,6 +1,6 @@
 """What a run gives: the slim network, its report, and the files that they make."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Result:
         """
         folder = Path(folder)
         files, origin, sources = self.files, self.files.origin, self.files.sources
-        spec = replace(sources.input, embedded=files.config.embed_preprocessing)
+        spec = sources.input
         check = export(
             self.model,
             folder,
@@ -115,7 +115,7 @@ class Result:
         latency = measure_latency(
             (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
         )
-        content = with_export(self.report | {"input": asdict(spec)}, check, latency)
+        content = with_export(self.report, check, latency)
         (folder / INT8_FILE).unlink(missing_ok=True)  # of an earlier run: it would be another network's
         if files.config.int8:
             content = content | {"int8": self._export_int8(folder, spec, given)}

@@ -17,6 +17,7 @@ from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import to_pixels
 from vbdcompress.pipeline import compress
 from vbdcompress.records import InputSpec
+from vbdcompress.reporting.html import write_snippet
 
 SPEC = InputSpec((3, 6, 6), (0.49, 0.45, 0.2), (0.25, 0.3, 0.27), embedded=True)
 
@@ -42,6 +43,22 @@ def test_an_embedded_file_takes_bytes(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         session.run(None, {"input": pixels.numpy()})[0], expected, rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_report_s_own_code_feeds_a_file_that_takes_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    loader = [(torch.rand(8, 1, 4, 4) / 0.5, torch.arange(8) % 2) for _ in range(2)]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    spec = InputSpec((1, 4, 4), (0.0,), (0.5,))
+    options: dict[str, Any] = {"embed_preprocessing": True, "epochs": 1, "finetune_epochs": 0}
+    content = compress(model, loader, validation=loader, test=loader, input=spec, **options).export(tmp_path)
+    assert content["inputs"] == [{"name": "input", "shape": [1, 4, 4], "dtype": "uint8"}]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(write_snippet(content), names)  # onnxruntime refuses any other type
+    assert names["output"].shape == (1, 2)
 
 
 def test_compress_refuses_to_embed_what_nobody_says() -> None:

@@ -252,6 +252,19 @@ def test_write_snippet_runs_and_normalises(report, tmp_path, monkeypatch, shape,
     np.testing.assert_allclose(names["output"][0], np.broadcast_to(expected, shape), rtol=1e-6)
 
 
+def test_render_html_lists_what_the_file_takes(report):
+    report["inputs"] = [
+        {"name": "ids", "shape": [16], "dtype": "int64"},
+        {"name": "scale", "shape": [], "dtype": "float32"},
+    ]
+    told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))
+    assert "ids , int64, batch 16 scale , float32, batch batch any size" in told
+    report["input"]["embedded"] = True
+    report["inputs"] = [{"name": "input", "shape": [8, 6], "dtype": "uint8"}]
+    told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))
+    assert "input , uint8, batch 8 6 batch any size scaling none: pixels from 0 to 255" in told
+
+
 def test_render_html_says_how_the_weights_are_stored(report):
     assert "How the weights are stored" not in Page(render_html(report)).text
     layer = {"name": "fc1.weight", "kind": "codebook", "bits": 4, "error_over_sigma": 0.4321}

@@ -63,6 +63,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         layers=_prepare_layers(report["layers"]),
         training=_prepare_training(report),
         latency_svg=Markup(draw_latency(report["latency"], "latency")),
+        inputs=list_inputs(report),
         snippet=write_snippet(report) if report["export"] else "",
         section_rows=SECTION_ROWS,
     )
@@ -94,13 +95,18 @@ def format_shape(shape: Sequence[int] | None) -> str:
     return formatting.TIMES.join(str(length) for length in shape) if shape else formatting.MISSING
 
 
+def list_inputs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Name, shape of one example and type of each input of model.onnx."""
+    spec = report["input"]
+    alone = {**spec, "dtype": "uint8" if spec.get("embedded") else "float32"}
+    return report.get("inputs") or [alone]  # of a report that does not list them
+
+
 def write_snippet(report: Mapping[str, Any]) -> str:
     """Python that feeds the ONNX file as the network was trained: a batch of one, normalised."""
-    spec = report["input"]
+    spec, inputs = report["input"], list_inputs(report)
     file = next((name for name in report["files"] if name.endswith(".onnx")), "model.onnx")
     embedded = spec.get("embedded")
-    alone = {**spec, "dtype": "uint8" if embedded else "float32"}
-    inputs = report.get("inputs") or [alone]  # of a report that does not list them
     told = "normalised as in training"
     if spec["mean"]:
         told = "pixels from 0 to 255" if embedded else "values scaled to [0, 1]"
