@@ -179,6 +179,8 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _group_row(group: Any, plan: RemovalPlan) -> GroupRow:
     """How many of a group's channels stayed, read off the cut of its first writer or reader."""
+    if group.whole_because is not None:
+        return GroupRow(group.name, group.channels, group.channels, group.whole_because)
     member = group.readers[0] if group.is_features else (group.writers or group.readers)[0]
     cut = plan.cuts.get(member.layer)
     kept_positions = None if cut is None else cut.inputs if group.is_features else cut.outputs
@@ -186,7 +188,7 @@ def _group_row(group: Any, plan: RemovalPlan) -> GroupRow:
     if kept_positions is not None:
         kept = member.index[list(kept_positions)]
         here = kept[kept >= 0]
-    return GroupRow(group.name, group.size, len(set(here.tolist())), group.whole_because)
+    return GroupRow(group.name, group.channels, len(set(here.tolist())), None)
 
 
 @torch.no_grad()

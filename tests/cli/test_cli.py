@@ -126,24 +126,6 @@ def test_run_warns_where_the_file_does_not_say_its_split(cli, zoo, tmp_path):
         assert "it may have seen some of this split" in err
 
 
-def test_inspect_prints_layers_and_touches_nothing(cli, zoo, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, _ = cli("inspect", zoo / "digits.pt", "--prune-inputs", "--json")
-    assert code == 0
-    content = json.loads(out)
-    assert {row["name"] for row in content["table"] if row["action"] == "converted"} == {
-        "conv2",
-        "fc1",
-        "fc2",
-    }
-    assert content["size"]["parameters"] == 13754
-    assert "fc1 (inputs)" in {group["name"] for group in content["groups"]}
-    code, out, _ = cli("inspect", zoo / "digits.pt")
-    assert code == 0
-    assert "conv2" in out
-    assert not list(tmp_path.iterdir())
-
-
 def test_zoo_lists_networks(cli, zoo):
     code, out, _ = cli("zoo", zoo)
     assert code == 0

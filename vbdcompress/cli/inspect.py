@@ -1,5 +1,6 @@
 """vbdcompress inspect: what would be converted; touches nothing."""
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,8 @@ from vbdcompress.cli.options import model_options, parse_arch_args
 from vbdcompress.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vbdcompress.surgery.groups import ChannelGroup
 
 
@@ -47,6 +50,7 @@ def command(
     """
     import torch
 
+    from vbdcompress.attention import open_attention_
     from vbdcompress.conversion import convert
     from vbdcompress.count import layer_sizes, measure_size
     from vbdcompress.loading import load
@@ -57,6 +61,10 @@ def command(
         raise ConfigError("inspect", "the file does not say the shape of its input.", "--input-shape 3,32,32")
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     converted = convert(loaded.model, example, mode, skip=skip, prune_inputs=prune_inputs)
+    opened = copy.deepcopy(loaded.model)
+    open_attention_(opened)  # the table names its layers where it is to be cut
+    layers = layer_sizes(loaded.model, example)
+    macs = {row.name: row.macs for row in (*layer_sizes(opened, example), *layers)}
     content = {
         "file": file.name,
         "architecture": loaded.architecture,
@@ -64,8 +72,8 @@ def command(
         "input_shape": list(shape),
         "mode": mode,
         "size": asdict(measure_size(loaded.model, example)),
-        "layers": [asdict(row) for row in layer_sizes(loaded.model, example)],
-        "table": [asdict(row) for row in converted.table],
+        "layers": [asdict(row) for row in layers],
+        "table": [asdict(row) | {"macs": macs.get(row.name, 0)} for row in converted.table],
         "groups": [_describe_group(group) for group in converted.scan.groups],
     }
     if as_json:
@@ -77,7 +85,7 @@ def command(
 def _describe_group(group: "ChannelGroup") -> dict[str, Any]:
     return {
         "name": group.name,
-        "size": group.size,
+        "size": group.channels,
         "writers": [member.layer for member in group.writers],
         "readers": [member.layer for member in group.readers],
         "whole_because": group.whole_because,
@@ -95,7 +103,6 @@ def _parse_shape(text: str | None) -> tuple[int, ...] | None:
 
 def _print_tables(content: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
@@ -105,30 +112,37 @@ def _print_tables(content: dict[str, Any]) -> None:
         f"{size['macs']:,} MACs, input {tuple(content['input_shape'])}",
         highlight=False,
     )
-    macs = {row["name"]: row["macs"] for row in content["layers"]}
-    table = Table(title=f"Layers in {content['mode']} mode", title_justify="left")
-    for heading in ("layer", "kind", "", "parameters", "MACs", "why"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "MACs") else "left")
+    layers = _table(
+        f"Layers in {content['mode']} mode", "layer", "kind", "parameters", "MACs", "what and why"
+    )
     for row in content["table"]:
         style = "green" if row["action"] == "converted" else "yellow"
-        table.add_row(
+        layers.add_row(
             Text(row["name"]),
             row["kind"],
-            Text(row["action"], style=style),
             f"{row['parameters']:,}",
-            f"{macs.get(row['name'], 0):,}",
-            Text(row["reason"]),
+            f"{row['macs']:,}",
+            Text.assemble((row["action"], style), f": {row['reason']}" if row["reason"] else ""),
         )
-    console.print(table)
-    groups = Table(title="Channel groups", title_justify="left")
-    for heading in ("group", "channels", "written by", "read by", "stays whole because"):
-        groups.add_column(heading, justify="right" if heading == "channels" else "left")
+    console.print(layers, "")
+    groups = _table("Channel groups", "group", "channels", "written by", "read by", "stays whole because")
     for row in content["groups"]:
         groups.add_row(
             Text(row["name"]),
-            str(row["size"]),
-            Text(", ".join(row["writers"]) or "the input"),
-            Text(", ".join(row["readers"])),
+            f"{row['size']:,}",
+            Text("\n".join(row["writers"]) or "the input"),
+            Text("\n".join(row["readers"])),
             Text(row["whole_because"] or ""),
         )
     console.print(groups)
+
+
+def _table(title: str, *headings: str) -> "Table":
+    """A table whose names are broken, never cut short: they are what a reader types after --skip."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in headings:
+        number = heading in ("parameters", "MACs", "channels")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    return table

@@ -99,6 +99,13 @@ class ChannelGroup:
         """Whether it is the features that one Linear reads: cut by a gather, no writer changes."""
         return not self.writers
 
+    @property
+    def channels(self) -> int:
+        """Those that can go one by one; all of them in a group that stays whole."""
+        if self.whole_because is None:
+            return self.size
+        return max(int((member.index >= 0).sum()) for member in self.writers or self.readers)
+
     def whole(self, reason: str) -> "ChannelGroup":
         """The same group, left whole for a reason."""
         return replace(self, whole_because=reason)
