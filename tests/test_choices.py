@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from vbdcompress.choices import Choice, ChoiceFile, describe_judgement
 from vbdcompress.data import TensorBatches
@@ -15,7 +16,7 @@ from vbdcompress.pipeline import compress
 from vbdcompress.records import CurvePoint, Selection, Size
 
 CURVE = (CurvePoint(float("inf"), 1.0, Size(9, 9, 9, 9)), CurvePoint(0.5, 2.0, Size(4, 4, 4, 4)))
-CHOICE = Choice(CURVE, Selection("budget", 0.5, 1.0, {"macs": 5}, "told"))
+CHOICE = Choice(CURVE, Selection("budget", 0.5, 1.0, {"macs": 5}, "told"), {"bits": "32"})
 
 
 class Interrupting:
@@ -56,7 +57,7 @@ def run(tmp_path):
     batches = [TensorBatches(inputs, labels, 32, shuffle=shuffle) for shuffle in (True, False)]
     machine = Machine()
 
-    def start(listener, **changed):
+    def start(listener, shuffled=False, **changed):
         options = {
             "mode": "channels",
             "epochs": 4,
@@ -66,8 +67,9 @@ def run(tmp_path):
             "checkpoints": tmp_path,
             "metric": machine,
         } | changed
+        validation = DataLoader(TensorDataset(inputs, labels), 32, shuffle=shuffled)
         return compress(
-            model, batches[0], validation=batches[1], test=batches[1], listener=listener, **options
+            model, batches[0], validation=validation, test=batches[1], listener=listener, **options
         )
 
     start.machine, start.folder = machine, tmp_path
@@ -92,7 +94,47 @@ def test_a_run_that_goes_on_with_another_budget_chooses_anew(run):
     told = Interrupting()
     report = run(told, resume=True, max_macs="50%").report
     assert told.titles[1] == "Fine-tuning"
-    assert report["size"]["after"]["macs"] <= 0.5 * report["size"]["before"]["macs"]
+    (stage,) = report["stages"]
+    assert stage["selection"]["limits"] == {"macs": report["size"]["before"]["macs"] // 2}
+
+
+@pytest.mark.parametrize("option", [{"bits": "8"}, {"bits": "16", "pack": True}])
+def test_a_run_that_goes_on_may_store_its_weights_otherwise(run, option):
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupting(3))
+    kept = json.loads((run.folder / "1-channels.choice.json").read_text())
+    run.machine.noise, told = 1.0, Interrupting()
+    (stage,) = run(told, resume=True, **option).report["stages"]
+    assert told.titles[1].startswith("Fine-tuning, going on after epoch")
+    for point, before in zip(stage["curve"], kept["curve"], strict=True):
+        assert point["error"] == before["error"]
+        assert point["size"]["macs"] == before["size"]["macs"]
+        assert point["size"]["bytes"] != before["size"]["bytes"]
+
+
+def test_a_choice_of_another_fit_is_not_taken(run):
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupting(3))
+    path = run.folder / "1-channels.choice.json"
+    kept = json.loads(path.read_text())
+    kept["of"]["fit"]["nll"] += 0.1
+    path.write_text(json.dumps(kept))
+    (run.folder / "finetune.ckpt").unlink()
+    run.machine.noise = 1.0
+    (stage,) = run(Interrupting(), resume=True).report["stages"]
+    assert [point["error"] for point in stage["curve"]] != [point["error"] for point in kept["curve"]]
+
+
+def test_both_rounds_are_cut_where_they_were_though_validation_is_shuffled(run):
+    options = {"mode": "both", "max_macs": None, "max_params": "70%"}
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupting(3), shuffled=True, **options)
+    names = ["1-channels.choice.json", "2-weights.choice.json"]
+    kept = [json.loads((run.folder / name).read_text()) for name in names]
+    run.machine.noise = 1.0
+    stages = run(Interrupting(), shuffled=True, resume=True, **options).report["stages"]
+    for stage, before in zip(stages, kept, strict=True):
+        assert [point["error"] for point in stage["curve"]] == [point["error"] for point in before["curve"]]
 
 
 def test_a_run_that_starts_anew_leaves_no_choice_of_the_last_one(run):

@@ -18,10 +18,17 @@ from vbdcompress.records import CurvePoint, Selection, Size
 
 @dataclass(frozen=True)
 class Choice:
-    """The curve of a fitted network, and the point on it that was chosen."""
+    """The curve of a fitted network, and the point on it that was chosen.
+
+    Attributes:
+        curve: from the whole network down.
+        selection: how the point was chosen.
+        storage: options of the file that the curve's bytes are of.
+    """
 
     curve: tuple[CurvePoint, ...]
     selection: Selection
+    storage: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class ChoiceFile:
             if content["of"] != of:
                 return None
             curve = [CurvePoint(**point | {"size": Size(**point["size"])}) for point in content["curve"]]
-            return Choice(tuple(curve), Selection(**content["selection"]))
+            return Choice(tuple(curve), Selection(**content["selection"]), dict(content["storage"]))
         except (ValueError, KeyError, TypeError) as error:
             raise FitError(f"file '{self.path}'", "holds no choice of a run.", START_ANEW) from error
 

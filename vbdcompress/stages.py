@@ -1,7 +1,7 @@
 """What a run does stage by stage, between the data that it is given and the report."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from vbdcompress.fitting import FitResult, fit
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.optimization import default_beta
 from vbdcompress.precision import Rounding, round_model_
-from vbdcompress.records import TIE, EpochRow, Size
+from vbdcompress.records import TIE, CurvePoint, EpochRow, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
     CURVE_EXAMPLES,
@@ -31,7 +31,7 @@ from vbdcompress.slimming import (
 )
 from vbdcompress.sources import Sources, first_batch
 from vbdcompress.surgery.slice import RemovalPlan
-from vbdcompress.workplace import CUT, WRITING, Workplace
+from vbdcompress.workplace import WRITING, Workplace, cut_options
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,9 @@ class StageRunner:
         self.sources, self.config, self.judge = sources.on(device), config, judge
         self.teacher = teacher if judge.follows(config) else None
         self.workplace, self.original, self.files, self.device = workplace, original, files, device
+        with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws its first batch
+            _, target = first_batch(self.sources.validation, "validation")
+        self.judged = describe_judgement(judge.metric, target)
 
     def error(self, model: nn.Module, batches: Iterable[Any]) -> float:
         """Error in percent, measured on the run's device."""
@@ -152,9 +155,11 @@ class StageRunner:
     ) -> tuple[Choice, Slim]:
         """Cut where the options ask for it; a run that goes on, where it was cut before."""
         config, file = self.config.rounds[number], self.workplace.choice(step)
-        of = self._choice_of(fitted)
+        of, storage = self._choice_of(fitted), self.config.model_dump(mode="json", include=WRITING)
         choice = None if file is None else file.restore(of)
         if choice is not None:
+            if choice.storage != storage:
+                choice = replace(choice, curve=self._measure_again(converted, choice.curve), storage=storage)
             return choice, slim(converted, choice.selection.threshold, round_to=config.round_to)
         curve = measure_curve(
             converted,
@@ -170,19 +175,24 @@ class StageRunner:
         curve, selection, slimmed = choose(
             candidates, round_budget(self.config, number, self.original), baseline
         )
-        choice = Choice(curve, selection)
+        choice = Choice(curve, selection, storage)
         if file is not None and fitted.is_main:
             file.keep(of, choice)
         return choice, slimmed
+
+    def _measure_again(self, converted: Converted, curve: tuple[CurvePoint, ...]) -> tuple[CurvePoint, ...]:
+        """The same errors, with sizes in files that are written otherwise."""
+        cut = (slim(converted, point.threshold, round_to=self.config.round_to).model for point in curve)
+        return tuple(
+            replace(point, size=self.files.measure(model)) for point, model in zip(curve, cut, strict=True)
+        )
 
     def _choice_of(self, fitted: FitResult) -> dict[str, Any]:
         """What makes a choice this one: the fit, the options, and by what networks are judged."""
         return {
             "fit": asdict(fitted.epochs[-1]) if fitted.epochs else None,
-            "options": self.config.model_dump(mode="json", include=CUT | WRITING),
-            "judged": describe_judgement(
-                self.judge.metric, first_batch(self.sources.validation, "validation")[1]
-            ),
+            "options": self.config.model_dump(mode="json", include=cut_options(self.config.max_bytes)),
+            "judged": self.judged,
         }
 
     def _record(

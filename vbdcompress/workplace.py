@@ -108,6 +108,11 @@ class Workplace:
                 self.folder.parent.rmdir()
 
 
+def cut_options(max_bytes: int | str | None) -> set[str]:
+    """Options that the last cut depends on: where bytes are bounded, how weights are stored, too."""
+    return CUT if max_bytes is None else CUT | WRITING
+
+
 def _steps_after(changed: set[str], options: Mapping[str, Any]) -> list[str]:
     """The steps that an option acts on, of those that may have changed.
 
@@ -115,10 +120,8 @@ def _steps_after(changed: set[str], options: Mapping[str, Any]) -> list[str]:
         options: of the run, as they are now.
     """
     first = options["first"]
-    # Where bytes are bounded, the last cut depends on how weights are stored
-    of_finetuning = FINETUNING | (WRITING if options.get("max_bytes") is not None else set())
     # A first round that has its own threshold, or the one of rounds of weights, is cut as before
     of_last_cut = {"threshold"} if first["threshold"] is not None or first["mode"] == "weights" else set()
     if changed & (CUT - of_last_cut):
         return [*SECOND_STEPS, FINETUNE]
-    return [FINETUNE] if changed & (CUT | of_finetuning) else []
+    return [FINETUNE] if changed & (FINETUNING | cut_options(options.get("max_bytes"))) else []
