@@ -147,13 +147,14 @@ def _convert_weights_(
         own = list(module.named_parameters(recurse=False))
         count = sum(parameter.numel() for _, parameter in own)
         kind = type(module).__name__
+        unreached = [own_name for own_name, _ in own if f"{name}.{own_name}".lstrip(".") in blind]
         if not own:
             continue
         if matches_skip(name, skip):
             yield LayerRow(name, kind, "left", "skipped as asked", count)
         elif parametrize.is_parametrized(module) or "parametrizations" in name.split("."):
             yield LayerRow(name, kind, "left", "it already has a parametrization", count)
-        elif all(f"{name}.{own_name}".lstrip(".") in blind for own_name, _ in own):
+        elif len(unreached) == len(own):
             yield LayerRow(name, kind, "left", NO_GRADIENT, count)
         elif type(module) in VBD_LAYERS and id(module.weight) not in tied and name in called:
             attach_posterior_(module, log_sigma2)
@@ -161,7 +162,8 @@ def _convert_weights_(
         else:
             for parameter_name, parameter in own:
                 full_name = f"{name}.{parameter_name}".lstrip(".")
-                reason = _why_left(module, full_name, parameter, tied, skip)
+                blocked = NO_GRADIENT if parameter_name in unreached else None
+                reason = blocked or _why_left(module, full_name, parameter, tied, skip)
                 if reason is None:
                     attach_sampled_(module, parameter_name, log_sigma2)
                 action = "left" if reason else "converted"

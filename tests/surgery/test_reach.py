@@ -49,3 +49,24 @@ def test_what_no_gradient_reaches_is_left(mode):
     elbo = ELBO(converted.model, nn.functional.cross_entropy, 4)
     elbo(example, torch.tensor([0, 1, 2, 0]), torch.tensor(0.0)).nll.backward()
     assert all(each.log_sigma2.grad.any() for each in find_posteriors(converted.model))
+
+
+class HalfDetached(nn.Module):
+    """Layers that keep the gradient from one of their parameters, and not from the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed, self.free = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6, 8))
+        self.by_hand, self.head = nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.cat([x @ self.fixed.detach(), x @ self.free], 1).relu()
+        return self.head(nn.functional.linear(x, self.by_hand.weight.detach(), self.by_hand.bias).relu())
+
+
+def test_a_parameter_that_no_gradient_reaches_is_left_beside_one_that_it_does():
+    converted = convert(HalfDetached(), torch.randn(4, 6), "weights")
+    told = {row.name: (row.action, "no gradient reaches it" in row.reason) for row in converted.table}
+    assert told["fixed"] == told["by_hand.weight"] == ("left", True)
+    assert told["free"] == ("converted", False)
+    assert told["head"] == ("converted", False)

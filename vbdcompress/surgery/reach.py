@@ -36,7 +36,12 @@ def without_gradient(model: nn.Module, example: Inputs) -> set[str]:
             blind -= _reached(trial.train(training), example, parameters)
         except TRACE_ERRORS:
             return set()
-    return {name for name in blind if name.rpartition(".")[0] in called}
+    used = called | {_owner(name) for name in parameters.keys() - blind}
+    return {name for name in blind if _owner(name) in used}
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _reached(model: nn.Module, example: Inputs, parameters: dict[str, nn.Parameter]) -> set[str]:
