@@ -91,9 +91,22 @@ class MakesFloats(nn.Module):
         return found
 
 
+class NamesItsType(nn.Module):
+    """Says float32 by the name of a class of tensors, which no dtype in the call tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, inputs):
+        return self.last(self.first(inputs).relu().type("torch.FloatTensor"))
+
+
+@pytest.mark.parametrize("network", [MakesFloats, NamesItsType])
 @pytest.mark.parametrize("mode", ["weights", "channels"])
-def test_a_network_that_makes_tensors_in_float32_is_cut(mode):
-    model, batch = MakesFloats(), torch.randn(4, 5, 6)
+def test_a_network_that_makes_tensors_in_float32_is_cut(mode, network):
+    torch.manual_seed(0)
+    model, batch = network(), torch.randn(4, 5, 6)
     converted = convert(model, batch, mode)
     for posterior in find_posteriors(converted.model):
         rows = len(posterior.theta)

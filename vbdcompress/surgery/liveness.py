@@ -217,7 +217,7 @@ def _fold_into_bias(
 ) -> None:
     if bool((constant != 0).any()):
         constants = layer.weight.new_zeros(layer_widths(layer)[0])
-        constants[positions] = constant
+        constants[positions] = constant.to(constants.dtype)  # the code between may make float32
         shift = effect_of(layer, constants)
         if layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros_like(shift))
