@@ -51,6 +51,8 @@ def test_targets_that_the_loss_or_metric_can_t_take_are_refused_at_once(targets,
         ),
         ("training", [0, 1, 2, 3, 4, 5, 6, 7], "training loader: yields targets of lists of 8"),
         ("test", torch.eye(10)[torch.arange(32) % 10], r"test loader: yields targets of float32 \[8, 10\]"),
+        ("validation", torch.full((8,), -100), "validation loader.*from 0 to 9, found are -100 to -100"),
+        ("test", torch.arange(8) + 3, "test loader.*classes are from 0 to 9, found are 3 to 10"),
     ],
 )
 def test_targets_of_every_part_are_tried_before_the_fit(part, targets, message):

@@ -115,6 +115,9 @@ def try_metric(model: nn.Module, batches: Iterable[Any], part: str, metric: Metr
     def check(output: Any, target: Any, errors: Any) -> None:
         if metric is top1_error and (target.is_floating_point() or target.shape != errors.shape):
             raise ValueError(f"classes are whole numbers of shape {list(output.argmax(1).shape)}")
+        if metric is top1_error and not bool(((target >= 0) & (target < output.shape[1])).all()):
+            found = f"{int(target.min())} to {int(target.max())}"
+            raise ValueError(f"classes are from 0 to {output.shape[1] - 1}, found are {found}")
         if not isinstance(errors, Tensor) or not errors.dim():
             raise ValueError(f"it gives {_describe_target(errors)}, allowed is an error for each example")
         if bool(errors.isnan().any()):
