@@ -1,5 +1,6 @@
 """The error of a network on a set, and moving batches to where it lies."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress import evaluation
 from vbdcompress.errors import DataError
 from vbdcompress.evaluation import (
     cross_entropy,
@@ -94,19 +96,53 @@ def test_cross_entropy_refuses_several_outputs():
         cross_entropy((torch.zeros(2, 3), torch.zeros(2, 3)), torch.tensor([0, 1]))
 
 
+CUDNN = torch.backends.cudnn
+# torch 2.9 and newer
+PARTS = [getattr(CUDNN, name) for name in ("conv", "rnn") if hasattr(CUDNN, name)]
+
+
+def precisions() -> list[str]:
+    return [part.fp32_precision for part in PARTS]
+
+
 def test_whole_float32_holds_on_a_gpu_for_as_long_as_it_is_asked_for() -> None:
-    conv = getattr(torch.backends.cudnn, "conv", None)  # torch 2.9 and newer
-
-    def settings() -> tuple[bool, str | None]:
-        return torch.backends.cudnn.allow_tf32, conv and conv.fp32_precision
-
-    before = settings()
-    assert before[0]
+    before = precisions()
+    assert CUDNN.allow_tf32
     with whole_float32(torch.device("cuda")):
-        assert conv.fp32_precision == "ieee" if conv else not torch.backends.cudnn.allow_tf32
-    assert settings() == before
+        assert not CUDNN.allow_tf32
+        assert precisions() == len(PARTS) * ["ieee"]
+        with CUDNN.flags(enabled=True, deterministic=True, allow_tf32=False):  # as a network's code may
+            pass
+    assert (CUDNN.allow_tf32, precisions()) == (True, before)
     with pytest.raises(KeyError), whole_float32(torch.device("cuda")):
         raise KeyError
-    assert settings() == before
+    assert (CUDNN.allow_tf32, precisions()) == (True, before)
     with whole_float32(torch.device("cpu")):
-        assert settings() == before
+        assert (CUDNN.allow_tf32, precisions()) == (True, before)
+
+
+@pytest.mark.skipif(not PARTS, reason="torch before 2.9 has one setting for all")
+def test_whole_float32_puts_back_what_a_user_set_for_one_kind_of_layer() -> None:
+    before = precisions()
+    try:
+        PARTS[0].fp32_precision = "ieee"
+        mixed = precisions()
+        with whole_float32(torch.device("cuda")):
+            assert precisions() == len(PARTS) * ["ieee"]
+        assert precisions() == mixed != before
+    finally:
+        CUDNN.allow_tf32 = True
+        for part, precision in zip(PARTS, before, strict=True):
+            part.fp32_precision = precision
+
+
+def test_errors_are_measured_in_whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def noting(device: torch.device) -> AbstractContextManager[None]:
+        asked.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(evaluation, "whole_float32", noting)
+    measure_error(nn.Linear(2, 2), [(torch.randn(3, 2), torch.tensor([0, 1, 0]))])
+    assert asked == [torch.device("cpu")]

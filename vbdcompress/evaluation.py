@@ -62,22 +62,24 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def whole_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 in a GPU's convolutions: the error that is measured is to be that of the file, in float32."""
+    """No TF32 in cuDNN on a GPU: the error that is measured is to be that of the file, in float32."""
     if device.type != "cuda":
         yield
         return
-    # torch 2.9 gave each operation a setting of its own, and refuses to read the old one beside it
-    holder, name, whole = (
-        (torch.backends.cudnn.conv, "fp32_precision", "ieee")
-        if hasattr(torch.backends.cudnn, "conv")
-        else (torch.backends.cudnn, "allow_tf32", False)
-    )
-    before = getattr(holder, name)
-    setattr(holder, name, whole)
+    cudnn: Any = torch.backends.cudnn
+    # torch 2.9 gave each kind of layer a setting; the old one can't be read where it contradicts them
+    parts = [getattr(cudnn, name) for name in ("conv", "rnn") if hasattr(cudnn, name)]
+    before = [part.fp32_precision for part in parts]
+    allowed = all(precision == "tf32" for precision in before) if parts else cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    for part in parts:
+        part.fp32_precision = "ieee"
     try:
         yield
     finally:
-        setattr(holder, name, before)
+        cudnn.allow_tf32 = allowed
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 @torch.no_grad()
