@@ -1,5 +1,7 @@
 """Targets: what the loss and the metric take, and what is refused before the fit."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -191,6 +193,14 @@ class DropsAlways(nn.Linear):
         return nn.functional.dropout(super().forward(x))
 
 
+class HoldsALock(nn.Linear):
+    """With an object that Python does not copy."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.lock = threading.Lock()
+
+
 class HasExtraState(nn.Linear):
     """With more than tensors in its state_dict."""
 
@@ -206,6 +216,7 @@ class HasExtraState(nn.Linear):
     [
         (Remembers, r"can't be copied: it holds computed tensors: 4.seen"),
         (DropsAlways, "in eval mode, outputs for the same inputs differ by .* from call to call"),
+        (HoldsALock, "can't be copied: cannot pickle '_thread.lock' object"),
         (HasExtraState, "state_dict entry '4._extra_state' is a dict"),
         (lambda *sizes: nn.utils.weight_norm(nn.Linear(*sizes)), "holds computed tensors: 4.weight"),
     ],

@@ -1,6 +1,7 @@
 """The network that a user gives: taken out of wrappers, copied, tried."""
 
 import copy
+import pickle
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from vbdcompress.surgery.groups import TRACE_ERRORS
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy. Raises ConvertError where it holds tensors that were computed, which torch does not copy."""
+    """A copy. Raises ConvertError where it holds what can't be copied, such as tensors that were computed."""
     try:
         return copy.deepcopy(model)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, pickle.PickleError) as error:
         held = [
             f"{name}.{own}".lstrip(".")
             for name, module in model.named_modules()
@@ -30,7 +31,8 @@ def copy_of(model: nn.Module) -> nn.Module:
             "convert",
             f"the network can't be copied: {told}.",
             "Old-style weight_norm and spectral_norm: use those of torch.nn.utils.parametrizations; "
-            "torch.nn.utils.prune: call prune.remove first; what forward keeps: detach it, or clear it.",
+            "torch.nn.utils.prune: call prune.remove first; what forward keeps: detach it, or clear it; "
+            "a lock, a file or a scripted function: make it where it is used.",
         ) from error
 
 

@@ -97,12 +97,7 @@ def _describe(batch: Any) -> str:
 
 def try_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
     """Take the loss of the first training batch as the fit will. Raises DataError where that fails."""
-
-    def check(_output: Any, _target: Any, found: Any) -> None:
-        if not isinstance(found, Tensor) or found.numel() != 1:
-            raise ValueError(f"it gives {_describe_target(found)}, allowed is the mean, one number")
-
-    _try_on(model, batches, "training", loss, check)
+    _try_on(model, batches, "training", loss, lambda *_: None)
 
 
 def try_metric(model: nn.Module, batches: Iterable[Any], part: str, metric: Metric) -> None:

@@ -111,8 +111,19 @@ def test_load_data_refuses_classes_that_stand_elsewhere_in_the_network(tmp_path:
     assert load_data(path, classes=("0", "1")).classes == ("cat", "dog")
     with pytest.raises(DataError, match="has class 'cat' as number 0, for the network it is number 1"):
         load_data(path, classes=("ant", "cat", "dog"))
+    numbered = write_folder(tmp_path / "numbered", ["1", "2"], (4, 4))
+    assert load_data(numbered, classes=("0", "1", "2")).classes == ("1", "2")  # the network's are made up
     unnamed = write_npz(tmp_path / "set.npz")  # its classes are numbers, not names
     assert load_data(unnamed, classes=("0", "10", "1")).classes == ("0", "1", "2")
+
+
+def test_load_data_warns_of_classes_that_the_network_does_not_know(tmp_path: Path) -> None:
+    path = write_folder(tmp_path, ["cat", "dog", "yak"], (4, 4))
+    (note,) = load_data(path, classes=("cat", "dog")).notes
+    assert "knows no class 'yak' (number 2); its own are, in order, cat, dog" in note
+    (note,) = load_data(path, classes=("apple", "fig", "pear")).notes
+    assert "'cat' (number 0), 'dog' (number 1), 'yak' (number 2)" in note
+    assert load_data(path, classes=("cat", "dog", "yak", "zebu")).notes == ()
 
 
 def rows(inputs: torch.Tensor) -> set[bytes]:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress.errors import FitError
 from vbdcompress.vbd.elbo import ELBO, beta_at
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
 from vbdcompress.vbd.layers import attach_posterior_
@@ -72,6 +74,12 @@ def test_forward_of_a_plain_network_is_the_plain_loss(make_network: Callable) ->
     terms = ELBO(model, F.cross_entropy, 60)(INPUT, TARGET, torch.tensor(1.0))
     assert terms.kl.item() == 0.0
     assert torch.equal(terms.objective, F.cross_entropy(model(INPUT), TARGET))
+
+
+def test_a_loss_of_each_example_is_refused(make_network: Callable) -> None:
+    elbo = ELBO(make_network(), partial(F.cross_entropy, reduction="none"), num_data=60)
+    with pytest.raises(FitError, match=r"the loss gives \[6\], allowed is the mean"):
+        elbo(INPUT, TARGET, torch.tensor(1.0))
 
 
 def test_gradient_at_beta_zero_has_no_kl(make_network: Callable, convert: Callable) -> None:

@@ -16,6 +16,8 @@ from vbdcompress.records import InputSpec
 MEASURED_AT_ONCE = 1000
 # Further off in mean, counted in deviations, or in their deviation, images are of another scale
 STRANGE_MEAN, STRANGE_STD = 4.0, (0.1, 3.0)
+# Classes that a warning names
+NAMED = 5
 # Of pixels from 0 to 1
 DEVIATIONS = (0.02, 0.5)
 
@@ -120,11 +122,10 @@ def load_data(
             f"images are {found[0]} by {found[1]}, the network was trained on {trained[1]} by {trained[2]}.",
             "Resize the files, or say --image-size N.",
         )
-    _check_classes(name, raw.classes, classes)
+    notes = _check_classes(name, raw.classes, classes)
     parts = {"training": raw.train} | ({"test": raw.test} if raw.test else {})
     if validation_path is not None:
         parts["validation"] = _read_validation(validation_path, root, image_size, raw.classes)
-    notes: tuple[str, ...] = ()
     shape = tuple(raw.train.images.shape[1:])
     for part, images in parts.items():
         _check_images(f"data set '{name}', {part} part", images, len(raw.classes), shape)
@@ -133,7 +134,7 @@ def load_data(
         if len(spec.mean) == 1:  # the same for all channels
             spec = replace(spec, mean=spec.mean * shape[0], std=spec.std * shape[0])
         if len(spec.mean) == shape[0]:
-            notes = tuple(note for part, images in parts.items() for note in _notes(part, images, spec))
+            notes += tuple(note for part, images in parts.items() for note in _notes(part, images, spec))
     else:
         spec = _measure(raw.train)
     if len(spec.mean) != shape[0]:
@@ -150,10 +151,15 @@ def load_data(
     return DataSet(name, spec, raw.classes, train, validation, test, notes)
 
 
-def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> None:
-    """Labels are positions among the classes: one that the network knows must stand where it does there."""
-    if list(found) == [str(number) for number in range(len(found))]:  # made up: names were not given
-        return
+def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Labels are positions among the classes: one that the network knows must stand where it does there.
+
+    Returns:
+        a warning where some have names that the network does not know.
+    """
+    for names in (found, known):
+        if list(names) == [str(number) for number in range(len(names))]:  # made up, or none at all
+            return ()
     moved = [each for each in found if each in known and found.index(each) != known.index(each)]
     if moved:
         raise DataError(
@@ -162,6 +168,14 @@ def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> Non
             f"{known.index(moved[0])}.",
             f"The network's classes, in order: {', '.join(known)}; empty folders count.",
         )
+    strange = [f"'{each}' (number {number})" for number, each in enumerate(found) if each not in known]
+    if not strange:
+        return ()
+    told = ", ".join(strange[:NAMED]) + (" and others" if strange[NAMED:] else "")
+    return (
+        f"The network knows no class {told}; its own are, in order, {', '.join(known)}. "
+        "Unless they are other names for these, every error here is wrong.",
+    )
 
 
 def _notes(part: str, raw: RawImages, told: InputSpec) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.errors import FitError
 from vbdcompress.inputs import call
 from vbdcompress.vbd.kl import kl_sum
 from vbdcompress.vbd.posterior import find_posteriors
@@ -34,6 +35,8 @@ class ELBO(nn.Module):
         loss: (output, target) -> scalar, the mean negative log likelihood of the batch in nats.
         num_data: number of training examples, over all processes.
         prior: "vbd" or "vd".
+    Raises:
+        FitError: at a call, where the loss is no single number.
     """
 
     def __init__(
@@ -54,6 +57,12 @@ class ELBO(nn.Module):
 
     def forward(self, input: Any, target: Any, beta: Tensor) -> ELBOTerms:
         nll = self.loss(call(self.model, input), target)
+        if nll.numel() != 1:
+            raise FitError(
+                "ELBO",
+                f"the loss gives {list(nll.shape)}, allowed is the mean over the batch, one number.",
+                "nll.mean(), or reduction='mean'",
+            )
         kl = self.kl()
         return ELBOTerms(nll + beta * kl, nll, kl)
 
