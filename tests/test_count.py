@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vbdcompress.count import layer_sizes, measure_size, uncounted_ops, unused_parameters
 
@@ -44,6 +46,27 @@ def test_measure_size_leaves_mode_and_hooks_as_they_were():
 def test_uncounted_ops_are_named():
     assert uncounted_ops(Net(), torch.randn(2, 3, 8, 8)) == ("aten.max_pool2d_with_indices",)
     assert any("lstm" in name or "rnn" in name for name in uncounted_ops(nn.LSTM(4, 4), torch.randn(2, 3, 4)))
+
+
+class Attends(nn.Module):
+    """Attention over as many tokens as come, and values of another width."""
+
+    def forward(self, x):
+        query, key, value = x[..., :4], x[..., 4:8], x[..., 8:]
+        return F.scaled_dot_product_attention(query[:, :, :5], key, value)
+
+
+@pytest.mark.parametrize("model", [Attends(), nn.TransformerEncoderLayer(14, 2, 32, batch_first=True)])
+def test_attention_counts_the_same_whatever_computes_it(model):
+    """The oracle is torch's counter, of attention as two products of matrices."""
+    x = torch.randn(2, 9, 14) if isinstance(model, nn.TransformerEncoderLayer) else torch.randn(2, 3, 9, 14)
+    found = measure_size(model, x).macs
+    assert not [name for name in uncounted_ops(model, x) if "attention" in name]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = measure_size(model, x).macs
+    assert found == expected
+    if isinstance(model, Attends):
+        assert found == 3 * 5 * 9 * (4 + 6)
 
 
 class WithAuxiliaryHead(nn.Module):

@@ -18,6 +18,16 @@ from vbdcompress.records import LayerSize, Size
 FLOAT_BYTES = 4
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of attention's two products, as torch counts them on a GPU; shapes [batch, heads, tokens, width]."""
+    batch, heads, queries, width = query
+    return int(2 * batch * heads * queries * key[-2] * (width + value[-1]))
+
+
+# What torch's own counter has no formula for
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 def measure_size(model: nn.Module, example: Inputs) -> Size:
     """Size of a plain network; its bytes are those of its parameters as float32.
 
@@ -76,7 +86,7 @@ class _ByModule:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.mode = FlopCounterMode(display=False)
+        self.mode = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
         self.flops: dict[str, int] = defaultdict(int)
         self._stack: list[list[int]] = []
 
@@ -121,7 +131,8 @@ class _OpNames(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func._overloadpacket
-        free = torch.Tag.pointwise in func.tags or func.is_view or packet in flop_registry
+        counted = packet in flop_registry or packet in _FORMULAS
+        free = torch.Tag.pointwise in func.tags or func.is_view or counted
         if not free:
             self.names.add(str(packet))
         return func(*args, **(kwargs or {}))
@@ -147,6 +158,10 @@ _DATA_MOVES = {
         "empty",
         "index_select",
         "constant_pad_nd",
+        "stack",
+        "transpose_",
+        "unsafe_split",
+        "_unsafe_view",
         "zeros",
         "ones",
     )
