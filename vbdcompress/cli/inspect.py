@@ -13,7 +13,9 @@ from vbdcompress.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor, nn
 
+    from vbdcompress.records import LayerSize
     from vbdcompress.surgery.groups import ChannelGroup
 
 
@@ -50,9 +52,8 @@ def command(
     """
     import torch
 
-    from vbdcompress.attention import open_attention_
     from vbdcompress.conversion import convert
-    from vbdcompress.count import layer_sizes, measure_size
+    from vbdcompress.count import measure_size
     from vbdcompress.loading import load
 
     loaded = load(file, arch=arch, arguments=parse_arch_args(arch_args), unsafe_pickle=unsafe_pickle)
@@ -61,10 +62,8 @@ def command(
         raise ConfigError("inspect", "the file does not say the shape of its input.", "--input-shape 3,32,32")
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     converted = convert(loaded.model, example, mode, skip=skip, prune_inputs=prune_inputs)
-    opened = copy.deepcopy(loaded.model)
-    open_attention_(opened)  # the table names its layers where it is to be cut
-    layers = layer_sizes(loaded.model, example)
-    macs = {row.name: row.macs for row in (*layer_sizes(opened, example), *layers)}
+    layers, opened = _measure_layers(loaded.model, example)
+    macs = {row.name: row.macs for row in (*opened, *layers)}
     content = {
         "file": file.name,
         "architecture": loaded.architecture,
@@ -80,6 +79,16 @@ def command(
         click.echo(json.dumps(content, indent=1))
     else:
         _print_tables(content)
+
+
+def _measure_layers(model: "nn.Module", example: "Tensor") -> "tuple[tuple[LayerSize, ...], ...]":
+    """The layers as they are, and as they are named where attention is to be cut."""
+    from vbdcompress.attention import open_attention_
+    from vbdcompress.count import layer_sizes
+
+    opened = copy.deepcopy(model)
+    open_attention_(opened)
+    return layer_sizes(model, example), layer_sizes(opened, example)
 
 
 def _describe_group(group: "ChannelGroup") -> dict[str, Any]:
