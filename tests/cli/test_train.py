@@ -55,7 +55,7 @@ def test_train_reads_a_recipe(cli, tmp_path):
     recipe.write_text("beta = 2.0\n")
     code, _, err = cli(*whole, "--out", tmp_path / "other.pt")
     assert code == 2
-    assert "has options that training does not take: beta" in err
+    assert "has options that `train` does not take: beta" in err
 
 
 def test_train_goes_on_as_if_it_had_not_been_cut_off(cli, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
-from vbdcompress.config import FirstRound, RunConfig
+from vbdcompress.config import FirstRound, RunConfig, make_config, read_toml
 from vbdcompress.errors import ConfigError
 from vbdcompress.records import InputSpec
 
@@ -58,6 +58,32 @@ def _click_type(annotation: Any) -> Any:
 def given_options(values: dict[str, Any]) -> dict[str, Any]:
     """The options that the user gave."""
     return {key: value for key, value in values.items() if value not in (None, ())}
+
+
+def read_config(
+    command: str, file: Path | None, given: dict[str, Any], known: Iterable[str] | None = None
+) -> RunConfig:
+    """The options of a TOML file, those given on the command line before them.
+
+    Args:
+        command: that takes them, "run".
+        known: options that it takes; None: all.
+    Raises:
+        ConfigError: names what is at fault, the file or the command line; both where each is right alone.
+    """
+    if file is None:
+        return make_config(given, command)
+    values, where = read_toml(file), f"config file '{file}'"
+    foreign = [] if known is None else sorted(set(values) - set(known))
+    if foreign:
+        raise ConfigError(where, f"has options that `{command}` does not take: {', '.join(foreign)}.")
+    try:
+        return make_config(values | given, f"{command} with {where}")
+    except ConfigError as error:
+        both = error
+    make_config(values, where)
+    make_config(given, command)
+    raise both
 
 
 def model_options(command: Command) -> Command:

@@ -15,9 +15,10 @@ from vbdcompress.cli.options import (
     model_options,
     parse_arch_args,
     parse_normalisation,
+    read_config,
     told_normalisation,
 )
-from vbdcompress.config import RunConfig, TrackerName, make_config, read_toml
+from vbdcompress.config import RunConfig, TrackerName
 from vbdcompress.errors import ConfigError, DataError
 from vbdcompress.records import InputSpec, held_out
 
@@ -81,8 +82,7 @@ def command(
       vbdcompress run zoo/lenet_300_100.pt --data-root DATA --max-error-increase 0.3
       vbdcompress run mine.pt --arch mine.py:build --data photos/ --image-size 64 --mode channels
     """
-    values = (read_toml(config_file) if config_file else {}) | given_options(options)
-    config = make_config(values, f"run with config file '{config_file}'" if config_file else "run")
+    config = read_config("run", config_file, given_options(options))
     _run(
         file,
         out or Path("exports") / file.stem,

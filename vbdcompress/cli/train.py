@@ -13,8 +13,9 @@ from vbdcompress.cli.options import (
     given_options,
     parse_arch_args,
     parse_normalisation,
+    read_config,
 )
-from vbdcompress.config import MACHINE, make_config, read_toml
+from vbdcompress.config import MACHINE
 from vbdcompress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,20 +104,9 @@ def command(
             f"there is an unfinished training of '{out}'.",
             "--resume to go on, or --overwrite to start anew",
         )
-    config = _config(config_file, given_options(options))
+    config = read_config("train", config_file, given_options(options), OPTIONS)
     reading = {"root": data_root, "image_size": image_size, "normalisation": parse_normalisation(mean, std)}
     _train(_Order(arch, parse_arch_args(arch_args), data, out, resume), reading, config)
-
-
-def _config(file: Path | None, given: dict[str, Any]) -> "RunConfig":
-    """The options of a TOML file, those given on the command line before them."""
-    values = read_toml(file) if file else {}
-    foreign = sorted(set(values) - set(OPTIONS))
-    if foreign:
-        raise ConfigError(
-            f"config file '{file}'", f"has options that training does not take: {', '.join(foreign)}."
-        )
-    return make_config(values | given, f"config file '{file}'" if file else "train")
 
 
 @dataclass(frozen=True)

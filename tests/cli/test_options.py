@@ -1,0 +1,36 @@
+"""Options from a file and from the command line: who is told to be at fault."""
+
+import pytest
+
+from vbdcompress.cli.options import read_config
+from vbdcompress.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("threshold = 1.0\nepochs = 7\n")
+    return path
+
+
+def test_the_command_line_goes_before_the_file(file):
+    config = read_config("run", file, {"epochs": 3})
+    assert (config.epochs, config.threshold) == (3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": -1}, "run: option 'epochs' = -1"),
+        ({"max_macs": "50%"}, r"run with config file '.*run\.toml': a threshold and a budget both say"),
+    ],
+)
+def test_a_file_that_is_right_is_not_said_to_be_wrong(file, given, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        read_config("run", file, given)
+
+
+def test_a_file_that_is_wrong_is_named_alone(file):
+    file.write_text("epoch = 3")
+    with pytest.raises(ConfigError, match=r"^config file '.*run\.toml': option 'epoch' is unknown"):
+        read_config("run", file, {"lr": 1e-3})
