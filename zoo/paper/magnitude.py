@@ -19,6 +19,7 @@ from typing import Any
 import click
 import torch
 import torch_pruning as tp
+from rich.console import Console
 from rows import RESULTS, ROWS, Row, count_weights
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -31,6 +32,8 @@ from vbdcompress.evaluation import measure_error
 from vbdcompress.files import write_text
 from vbdcompress.fitting import fit
 from vbdcompress.loading import load
+from vbdcompress.progress import FitProgress
+from vbdcompress.training import Listener
 
 ROUNDS = 10
 RATE = 1e-3
@@ -59,7 +62,8 @@ def main(row: str, seed: int, out: Path, data_root: Path, resume: bool) -> None:
     started = time.perf_counter()
     dense = loaded.model.eval()
     torch.manual_seed(seed)
-    model = _prune_in_rounds(dense, data, config, asked, out / ".state", resume)
+    with FitProgress(Console(), every=20) as progress:
+        model = _prune_in_rounds(dense, data, config, asked, out / ".state", resume, progress)
     before, after = (measure_size(network, data.train.inputs[:2]) for network in (dense, model))
     errors = {
         part: {"before": measure_error(dense, batches), "after": measure_error(model, batches)}
@@ -84,7 +88,13 @@ def _epochs(config: RunConfig) -> int:
 
 
 def _prune_in_rounds(
-    dense: nn.Module, data: DataSet, config: RunConfig, row: Row, state: Path, resume: bool
+    dense: nn.Module,
+    data: DataSet,
+    config: RunConfig,
+    row: Row,
+    state: Path,
+    resume: bool,
+    listener: Listener | None = None,
 ) -> nn.Module:
     """Prune a like share in each round, train after each."""
     reached = json.loads((RESULTS / row.name / f"vbd-{config.seed}.json").read_text(encoding="utf-8"))["size"]
@@ -109,6 +119,7 @@ def _prune_in_rounds(
             num_data=len(data.train),
             keep_zeros=True,
             checkpoint=FitCheckpoint(state / f"{number}.ckpt", resume),
+            listener=listener,
         )
     return model
 
