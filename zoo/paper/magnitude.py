@@ -1,4 +1,4 @@
-"""The rival: magnitude pruning with fine-tuning, brought to the size that VBD reached with the same seed.
+"""The rival: magnitude pruning with fine-tuning, to as many weights or parameters as VBD has, seed by seed.
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015: prune the
 smallest, train what is left, and again, ROUNDS times. The same dense network, data, batches, teacher
@@ -97,11 +97,12 @@ def _prune_in_rounds(
     listener: Listener | None = None,
 ) -> nn.Module:
     """Prune a like share in each round, train after each."""
-    reached = json.loads((RESULTS / row.name / f"vbd-{config.seed}.json").read_text(encoding="utf-8"))["size"]
-    example = data.train.inputs[:2]
-    model, start = copy.deepcopy(dense), measure_size(dense, example)
-    whole = start.nonzeros if row.mode == "weights" else start.parameters
-    target = reached["nonzeros"] if row.mode == "weights" else reached["parameters"]
+    reached = json.loads((RESULTS / row.name / f"vbd-{config.seed}.json").read_text(encoding="utf-8"))
+    example, model = data.train.inputs[:2], copy.deepcopy(dense)
+    if row.mode == "weights":  # of weights alone: it keeps the biases of neurons that VBD removes
+        whole, target = count_weights(dense), reached.get("weights", reached["size"]["nonzeros"])
+    else:
+        whole, target = measure_size(dense, example).parameters, reached["size"]["parameters"]
     for number in range(ROUNDS):
         allowed = round(whole * (target / whole) ** ((number + 1) / ROUNDS))
         if row.mode == "weights":
@@ -125,15 +126,11 @@ def _prune_in_rounds(
 
 
 def _prune_weights_(model: nn.Module, allowed: int) -> None:
-    """Zero the smallest weights of all layers together until `allowed` parameters are not 0."""
+    """Zero the smallest weights of all layers together until `allowed` are not 0."""
     layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     count = sum(module.weight.numel() for module, _ in layers)
-    others = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
-    others -= sum(int(module.weight.count_nonzero()) for module, _ in layers)
     scores = {layer: _adapted(layer[0].weight.detach()) for layer in layers}
-    prune.global_unstructured(
-        layers, prune.L1Unstructured, importance_scores=scores, amount=count - (allowed - others)
-    )
+    prune.global_unstructured(layers, prune.L1Unstructured, importance_scores=scores, amount=count - allowed)
     for module, name in layers:
         prune.remove(module, name)
 
