@@ -99,7 +99,9 @@ def _prune_in_rounds(
     """Prune a like share in each round, train after each."""
     reached = json.loads((RESULTS / row.name / f"vbd-{config.seed}.json").read_text(encoding="utf-8"))
     example, model = data.train.inputs[:2], copy.deepcopy(dense)
-    if row.mode == "weights":  # of weights alone: it keeps the biases of neurons that VBD removes
+    if row.mode == "weights":
+        # Of weights alone: it keeps the biases of neurons that VBD removes. Older files count biases, too,
+        # which leaves it a few more
         whole, target = count_weights(dense), reached.get("weights", reached["size"]["nonzeros"])
     else:
         whole, target = measure_size(dense, example).parameters, reached["size"]["parameters"]
