@@ -13,8 +13,8 @@ from vbdcompress.compilation import compile_
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.evaluation import Loss, one_head
-from vbdcompress.inputs import in_eval_mode
-from vbdcompress.layout import lay_out_
+from vbdcompress.inputs import Inputs, in_eval_mode
+from vbdcompress.layout import lay_out_fast_
 
 AT_ONCE = 1000
 
@@ -56,18 +56,27 @@ def outputs_of(teacher: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def teach(
-    teacher: nn.Module | None, loss: Loss, batches: Any, config: FitConfig, fabric: Fabric
+    teacher: nn.Module | None,
+    loss: Loss,
+    batches: Any,
+    config: FitConfig,
+    fabric: Fabric,
+    shown: Inputs | None = None,
 ) -> tuple[Loss, Any, nn.Module | None]:
     """Loss and batches with the teacher's outputs in them; the teacher too where it must be asked anew.
 
     It is asked once for each way in which an input may be shown, where these are fewer than the
     epochs; else, and for a loader's inputs, at every step.
+
+    Args:
+        shown: some inputs, to find out which order in memory its code takes; None leaves it as it is.
     """
     if teacher is None or config.distill_share == 0:
         return loss, batches, None
     teacher = copy.deepcopy(teacher).to(fabric.device).eval()
     open_attention_(teacher)  # the same function, by its layers
-    lay_out_(teacher, torch.channels_last)
+    if shown is not None:
+        lay_out_fast_(teacher, shown)
     distilled = DistillationLoss(loss, config.distill_share, config.temperature)
     views = batches.views if isinstance(batches, TensorBatches) else None
     if views is not None and views <= max(1, config.epochs):

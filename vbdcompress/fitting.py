@@ -19,7 +19,8 @@ from vbdcompress.devices import check_same_start, named_loss_of_a_process, start
 from vbdcompress.distillation import teach
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
-from vbdcompress.layout import lay_out_
+from vbdcompress.inputs import Inputs
+from vbdcompress.layout import has_layout, lay_out_, lay_out_fast_
 from vbdcompress.optimization import make_optimizer
 from vbdcompress.originals import forget_graph_
 from vbdcompress.records import EpochRow
@@ -82,8 +83,10 @@ def fit(
     with forked, compiled_code(config), named_loss_of_a_process(fabric):
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
-        loss, placed, absent = teach(teacher, loss, placed, config, fabric)
-        lay_out_(model, torch.channels_last)
+        shown = _first_inputs(placed) if has_layout(model) else None
+        loss, placed, absent = teach(teacher, loss, placed, config, fabric, shown)
+        if shown is not None:
+            lay_out_fast_(model, shown)
         elbo = ELBO(model, loss, total, config.prior)
         optimizer = make_optimizer(model, config)
         dtype = next(model.parameters()).dtype
@@ -163,6 +166,12 @@ def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
         f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",
         "Use a torch DataLoader.",
     )
+
+
+def _first_inputs(batches: Iterable[Any]) -> Inputs | None:
+    """What the first batch holds; None where there is none."""
+    batch = next(iter(batches), None)
+    return None if batch is None else batch[0]
 
 
 def _title(model: nn.Module, done: int, keep_zeros: bool) -> str:
