@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from vbdcompress import compress
 from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention_
 from vbdcompress.conversion import convert
 from vbdcompress.errors import ConvertError
@@ -151,3 +153,32 @@ def test_attention_that_is_skipped_in_part_keeps_its_layers() -> None:
     kept = convert(alone, (x, x, x), "weights", skip=["out_proj"]).model
     assert type(kept).__name__ != "HeadAttention"
     assert hasattr(kept, "in_proj_weight")
+
+
+class ReadPastItsCall(nn.Module):
+    """Attention whose weights the network's own code hands to torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(5, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, positions, 5] -> [batch, 3]."""
+        h, own = self.stem(x).transpose(0, 1), self.attention
+        attended, _ = F.multi_head_attention_forward(
+            *(h, h, h, 8, 2, own.in_proj_weight, own.in_proj_bias, None, None, False, 0.0),
+            *(own.out_proj.weight, own.out_proj.bias),
+            training=self.training,
+        )
+        logits: Tensor = self.head(attended.mean(0))
+        return logits
+
+
+def test_attention_that_is_not_called_is_not_opened() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(20, 6, 5), torch.randint(0, 3, (20,)))]
+    given = {"validation": batches, "test": batches}
+    options = {"mode": "weights", "epochs": 1, "finetune_epochs": 1, "device": "cpu"}
+    result = compress(ReadPastItsCall(), batches, **given, **options)
+    assert isinstance(result.model.attention, nn.MultiheadAttention)
+    assert result.report["errors"]["validation"]["after"] is not None

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, fx, nn
@@ -112,14 +112,17 @@ def convert(
             module.sparse = False  # sparse gradients are of no use where every weight has a KL
     example = map_tensors(example, lambda tensor: tensor.detach().cpu())
     names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
-    open_attention_(converted, [name for name in names if not _is_skipped_in_part(name, skip)])
+    # attention that is not called is read past its call, and has nothing to open
+    opens = [name for name in names if name in called and not _is_skipped_in_part(name, skip)]
+    open_attention_(converted, opens)
     called |= {name for name, _ in converted.named_modules()} - set(names)
     scan = find_groups(converted, example, features=prune_inputs)
     blind = without_gradient(converted, example)
-    scan = GroupScan(tuple(_leave_skipped(scan.groups, skip, blind)), scan.failure)
+    scan = replace(scan, groups=tuple(_leave_skipped(scan.groups, skip, blind)))
     start = LOG_SIGMA2[mode] if log_sigma2 is None else log_sigma2
     if mode == "weights":
-        rows = tuple(_convert_weights_(converted, skip, start, called, blind))
+        plain = called - scan.read_elsewhere
+        rows = tuple(_convert_weights_(converted, skip, start, plain, blind))
     else:
         costs = channel_costs(converted, example, scan.removable, cost)
         rows = tuple(convert_channels_(converted, scan, start, costs))
@@ -140,8 +143,9 @@ def _is_skipped_in_part(name: str, skip: Sequence[str]) -> bool:
 
 
 def _convert_weights_(
-    model: nn.Module, skip: Sequence[str], log_sigma2: float, called: set[str], blind: set[str]
+    model: nn.Module, skip: Sequence[str], log_sigma2: float, plain: set[str], blind: set[str]
 ) -> Iterator[LayerRow]:
+    """Args: plain: layers that use their weight in their own call and nowhere else."""
     tied = shared_parameters(model)
     for name, module in list(model.named_modules()):
         own = list(module.named_parameters(recurse=False))
@@ -156,7 +160,7 @@ def _convert_weights_(
             yield LayerRow(name, kind, "left", "it already has a parametrization", count)
         elif len(unreached) == len(own):
             yield LayerRow(name, kind, "left", NO_GRADIENT, count)
-        elif type(module) in VBD_LAYERS and id(module.weight) not in tied and name in called:
+        elif type(module) in VBD_LAYERS and id(module.weight) not in tied and name in plain:
             attach_posterior_(module, log_sigma2)
             yield LayerRow(name, kind, "converted", "a posterior on each weight, drawn at the output", count)
         else:

@@ -1,6 +1,7 @@
 """Distillation: a network follows the outputs of its teacher, the dense original, beside the labels."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ def teach(
     batches: Any,
     config: FitConfig,
     fabric: Fabric,
+    *,
     shown: Inputs | None = None,
+    opened: Collection[str] = (),
 ) -> tuple[Loss, Any, nn.Module | None]:
     """Loss and batches with the teacher's outputs in them; the teacher too where it must be asked anew.
 
@@ -70,11 +73,12 @@ def teach(
 
     Args:
         shown: some inputs, to find out which order in memory its code takes; None leaves it as it is.
+        opened: names of the attention that the network calls by its layers: so does the teacher.
     """
     if teacher is None or config.distill_share == 0:
         return loss, batches, None
     teacher = copy.deepcopy(teacher).to(fabric.device).eval()
-    open_attention_(teacher)  # the same function, by its layers
+    open_attention_(teacher, opened)
     if shown is not None:
         lay_out_fast_(teacher, shown)
     distilled = DistillationLoss(loss, config.distill_share, config.temperature)

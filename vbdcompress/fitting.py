@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
+from vbdcompress.attention import Opened
 from vbdcompress.checkpoints import FitCheckpoint, FitState
 from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
@@ -84,7 +85,8 @@ def fit(
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         shown = _first_inputs(placed) if has_layout(model) else None
-        loss, placed, absent = teach(teacher, loss, placed, config, fabric, shown)
+        opened = [name for name, module in model.named_modules() if isinstance(module, Opened)]
+        loss, placed, absent = teach(teacher, loss, placed, config, fabric, shown=shown, opened=opened)
         if shown is not None:
             lay_out_fast_(model, shown)
         elbo = ELBO(model, loss, total, config.prior)

@@ -62,7 +62,7 @@ def command(
         raise ConfigError("inspect", "the file does not say the shape of its input.", "--input-shape 3,32,32")
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     converted = convert(loaded.model, example, mode, skip=skip, prune_inputs=prune_inputs)
-    layers, opened = _measure_layers(loaded.model, example)
+    layers, opened = _measure_layers(loaded.model, converted.model, example)
     macs = {row.name: row.macs for row in (*opened, *layers)}
     content = {
         "file": file.name,
@@ -81,13 +81,16 @@ def command(
         _print_tables(content)
 
 
-def _measure_layers(model: "nn.Module", example: "Tensor") -> "tuple[tuple[LayerSize, ...], ...]":
+def _measure_layers(
+    model: "nn.Module", converted: "nn.Module", example: "Tensor"
+) -> "tuple[tuple[LayerSize, ...], ...]":
     """The layers as they are, and as they are named where attention is to be cut."""
-    from vbdcompress.attention import open_attention_
+    from vbdcompress.attention import Opened, open_attention_
     from vbdcompress.count import layer_sizes
 
     opened = copy.deepcopy(model)
-    open_attention_(opened)
+    names = [name for name, module in converted.named_modules() if isinstance(module, Opened)]
+    open_attention_(opened, names)
     return layer_sizes(model, example), layer_sizes(opened, example)
 
 

@@ -83,6 +83,8 @@ class ChannelGroup:
         whole_because: why no channel may go; None where they may.
         parameters: others with something for each channel on the way: a scale, a table of heads.
         widths: names under which the writers' module may keep the number of channels of all these heads.
+        foldable: whether a channel that no weight writes is a constant: nothing but the writers decides
+            what the readers are given, no mask or choice that the network computes from its input.
     """
 
     name: str
@@ -93,6 +95,7 @@ class ChannelGroup:
     whole_because: str | None = None
     parameters: tuple[Parameter, ...] = ()
     widths: tuple[str, ...] = HEAD_WIDTHS
+    foldable: bool = True
 
     @property
     def is_features(self) -> bool:
@@ -113,10 +116,15 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class GroupScan:
-    """All groups of a network, and why there are none where it could not be traced."""
+    """All groups of a network, and why there are none where it could not be traced.
+
+    Attributes:
+        read_elsewhere: layers whose weight the network's code uses outside of their own call, too.
+    """
 
     groups: tuple[ChannelGroup, ...]
     failure: str | None = None
+    read_elsewhere: frozenset[str] = frozenset()
 
     @property
     def removable(self) -> tuple[ChannelGroup, ...]:

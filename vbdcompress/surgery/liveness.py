@@ -134,7 +134,7 @@ def _fold_constants(state: _Liveness) -> bool:
     """Move constant channels into their readers' biases; True where any was moved."""
     silent: dict[str, Index] = {}
     for group in state.groups:
-        if group.is_features:
+        if group.is_features or not group.foldable:
             continue
         zero_at = [(m, unwritten_outputs(_layer(state.model, m))) for m in group.writers]
         found = _channels_with_all_zero(group, zero_at)

@@ -56,4 +56,5 @@ def take(group: ChannelGroup, parts: Sequence[Index]) -> ChannelGroup:
         of(group.readers),
         of(group.between),
         parameters=of(group.parameters),
+        foldable=group.foldable,
     )

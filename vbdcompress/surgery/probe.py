@@ -29,8 +29,13 @@ _CLIPPING = {
     *(torch.relu, torch.Tensor.relu, nn.functional.relu, nn.functional.relu6, nn.functional.hardtanh),
     *(nn.functional.hardswish, nn.functional.hardsigmoid, nn.functional.threshold),
     *(torch.clamp, torch.Tensor.clamp, torch.clamp_min, torch.Tensor.clamp_min),
+    *(torch.clip, torch.Tensor.clip, torch.clamp_max, torch.Tensor.clamp_max),
 }
-_CLIPPING_ = {torch.relu_, torch.Tensor.relu_, torch.Tensor.clamp_, torch.Tensor.clamp_min_}
+_CLIPPING_ = {
+    *(torch.relu_, torch.Tensor.relu_, torch.Tensor.clamp_, torch.Tensor.clamp_min_),
+    *(torch.clamp_, torch.clamp_min_, torch.clip_, torch.Tensor.clip_, torch.clamp_max_),
+    torch.Tensor.clamp_max_,
+}
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,10 @@ def _read(found: Recording, layer: str, role: Role, tensor: Tensor, dim: int) ->
     So each stretch between two layers is looked at once, and the cost grows with the network's length.
     """
     with torch._C.DisableTorchFunction():  # the network is smoothed, not what is worked out here
-        _read_plainly(found, layer, role, tensor, dim % tensor.dim())
+        if tensor.dim():
+            _read_plainly(found, layer, role, tensor, dim % tensor.dim())
+        else:  # a loss, or a temperature, beside the outputs
+            _read_plainly(found, layer, "opaque", tensor[None], 0)
 
 
 def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim: int) -> None:

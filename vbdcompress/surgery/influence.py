@@ -1,0 +1,182 @@
+"""What decides the values that a layer reads, beside the layers that write them.
+
+The probe follows derivatives, and sees no comparison, no index and no detached value: a padding mask
+computed from the input, a choice by argmax. Here every operation passes on the names of what its inputs
+were made of, one set for a tensor, so that nothing is overlooked.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vbdcompress.inputs import Inputs, call, tensors_of
+from vbdcompress.surgery.weights import is_mixing
+
+# No layer's name: the network's input, and what no derivative is taken through
+INPUT, DECISION = "(input)", "(decision)"
+_aten = torch.ops.aten
+# Their derivative is 0,
+_STEPS = {
+    *(_aten.sign, _aten.sgn, _aten.round, _aten.floor, _aten.ceil, _aten.trunc, _aten.heaviside),
+    *(_aten.floor_divide, _aten.bernoulli),
+}
+# or they end it; seen where the network's code says so: autograd itself detaches what it keeps
+_ENDS = {torch.detach, torch.Tensor.detach, torch.Tensor.detach_, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+# With them a network's code can look at values, and go one way or another
+_LOOKS = {
+    *(_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.masked_select),
+    *(_aten._unique2, _aten.unique_consecutive, _aten.unique_dim),
+}
+
+
+@dataclass
+class Influences:
+    """What one forward pass showed.
+
+    Attributes:
+        readers: mixing layer -> the layers that its input was computed from, INPUT and DECISION among them.
+        read_elsewhere: layers whose weight is used outside of their own call.
+        branches: whether the network's code looked at values, so that other inputs may go another way.
+        called: mixing layers that ran.
+    """
+
+    readers: dict[str, set[str]] = field(default_factory=dict)
+    read_elsewhere: set[str] = field(default_factory=set)
+    branches: bool = False
+    called: set[str] = field(default_factory=set)
+
+
+def find_influences(model: nn.Module, inputs: Inputs) -> Influences:
+    """Run a network once and note what decides what.
+
+    Args:
+        model: plain, in eval mode; left as it was.
+        inputs: a batch.
+    """
+    found = Influences()
+    mode = _Names(model, found)
+    mode.mark(tensors_of(inputs), {INPUT})
+    with mode.hooks(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), mode, _Detached(mode):
+        call(model, inputs)
+    return found
+
+
+class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps for each storage what was written into it: views share one, and code may write in place."""
+
+    def __init__(self, model: nn.Module, found: Influences) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.found = model, found
+        self.names: dict[int, set[str]] = {}
+        self.alive: list[StorageWeakRef] = []  # whose numbers are not given to others
+        self.running: list[str] = []
+        self.weights: dict[int, str] = {}
+        for name, module in model.named_modules():
+            weight = module._parameters.get("weight")
+            if isinstance(weight, Tensor):
+                self.weights.setdefault(_number(weight), name)
+
+    def mark(self, tensors: Iterable[Tensor], names: set[str], *, anew: bool = False) -> None:
+        """Say what tensors were made of: `anew`, of nothing else."""
+        for tensor in tensors:
+            number = _number(tensor)
+            if number not in self.names:
+                self.alive.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+            self.names[number] = names | (set() if anew else self.names.get(number, set()))
+
+    def of(self, tensors: Iterable[Tensor]) -> set[str]:
+        """What tensors were made of."""
+        return {name for tensor in tensors for name in self.names.get(_number(tensor), ())}
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Mixing layers end what came before them: their outputs are theirs."""
+        handles = []
+        for name, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._enter(name, module), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave(name, module), always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module: nn.Module) -> Any:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self.running.append(name)
+            if is_mixing(module):
+                self.found.called.add(name)
+                self.found.readers.setdefault(name, set()).update(self.of(_tensors((args, kwargs))))
+
+        return enter
+
+    def _leave(self, name: str, module: nn.Module) -> Any:
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            self.running.pop()
+            if is_mixing(module) and isinstance(output, Tensor):
+                self.mark([output], {name}, anew=True)
+
+        return leave
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = _tensors((args, kwargs))
+        names = self.of(given)
+        for tensor in given:
+            owner = self.weights.get(_number(tensor))
+            if owner is not None and owner not in self.running:
+                self.found.read_elsewhere.add(owner)
+        result = func(*args, **kwargs)
+        if not names:
+            return result
+        packet = func._overloadpacket
+        if packet in _LOOKS:
+            self.found.branches = True
+        blind = packet in _STEPS or not torch.is_grad_enabled()
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        for tensor in [*_tensors(result), *written]:
+            plain = tensor.is_floating_point() or tensor.is_complex()
+            self.mark([tensor], names | (set() if plain and not blind else {DECISION}))
+        return result
+
+
+class _Detached(TorchFunctionMode):
+    """Sees what ends derivatives."""
+
+    def __init__(self, names: _Names) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ENDS and (names := self.names.of(_tensors(result))):
+            self.names.mark(_tensors(result), names | {DECISION})
+        return result
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operation writes into."""
+    known = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    changed = (
+        known.get(argument.name)
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    return _tensors(list(changed))
+
+
+def _number(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [item for item in tree_leaves(value) if isinstance(item, Tensor)]
