@@ -209,6 +209,17 @@ def test_fit_keeps_exactly_the_zero_weights(small_batches: TensorBatches, make_n
     assert not (model[0].weight == 0).any()
 
 
+def test_fit_keeps_the_zeros_of_a_bias_that_has_others(
+    small_batches: TensorBatches, make_network: Make
+) -> None:
+    # what cutting adds to a layer without a bias: constants for some outputs, 0 for the rest
+    model = make_network()
+    with torch.no_grad():
+        model[0].bias[1:] = 0.0
+    fit(model, small_batches, settings(epochs=3, lr=0.01), keep_zeros=True)
+    assert (model[0].bias == 0).tolist() == [False] + [True] * (len(model[0].bias) - 1)
+
+
 def test_fit_logs_the_weight_that_the_kl_had(
     small_batches: TensorBatches, make_network: Make, convert: Convert
 ) -> None:

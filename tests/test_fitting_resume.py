@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from vbdcompress import compress
 from vbdcompress.checkpoints import FitCheckpoint
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
@@ -207,3 +208,44 @@ def test_fit_refuses_what_is_no_checkpoint_of_a_fit(tmp_path: Path, make_network
     torch.save(make_network().state_dict(), checkpoint.path)
     with pytest.raises(FitError, match="no checkpoint of a fit"):
         fit(make_network(), make_loader("tensors"), CONFIG, checkpoint=checkpoint)
+
+
+class Interrupt:
+    """A listener that ends a run at a step, counted over all its fits."""
+
+    def __init__(self, last: int) -> None:
+        self.left = last
+
+    def on_start(self, title: str, epochs: int) -> None:
+        """Takes no notice."""
+
+    def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    def on_epoch(self, row: EpochRow, epochs: int) -> None:
+        """Takes no notice."""
+
+
+@pytest.mark.parametrize("stop", [14, 29])  # in the second round, in fine-tuning
+def test_a_resumed_run_takes_the_statistics_of_norms_from_the_same_examples(
+    tmp_path: Path, stop: int
+) -> None:
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(2_100, 6), torch.randint(0, 3, (2_100,))
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=420, shuffle=True)
+    stem = (nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU())
+    network = nn.Sequential(*stem, nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+
+    def go(**options: Any) -> dict[str, Tensor]:
+        given = {"validation": loader, "test": loader, "mode": "both", "beta": 5.0, "device": "cpu"}
+        epochs = {"epochs": 2, "finetune_epochs": 2, "warmup_epochs": 1}
+        return compress(network, loader, **given, **epochs, **options).model.state_dict()
+
+    unbroken = go()
+    with pytest.raises(KeyboardInterrupt):
+        go(checkpoints=tmp_path, listener=Interrupt(stop))
+    resumed = go(checkpoints=tmp_path, resume=True)
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())

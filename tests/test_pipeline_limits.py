@@ -143,3 +143,18 @@ def test_refine_finds_the_limit_where_the_curve_has_a_gap():
     thresholds = [point.threshold for point in found]
     assert thresholds == sorted(thresholds, reverse=True)
     assert 0.85 * limit < max(one.size.nonzeros for one in found if one.size.nonzeros <= limit) <= limit
+
+
+def test_biases_that_grow_past_a_limit_are_warned_of(data):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 75), nn.ReLU(), nn.Linear(75, 10))
+    for layer in (body[1], body[3]):
+        nn.init.zeros_(layer.bias)
+
+    def run(most, finetune_epochs):
+        given = {"validation": data.validation_batches(), "test": data.test_batches(), "mode": "weights"}
+        options = {"epochs": 0, "distill": 0.0, "max_params": most, "finetune_epochs": finetune_epochs}
+        return compress(body, data.train_batches(48, seed=0), **given, **options)
+
+    left = run(4_000, 0).report["size"]["after"]["nonzeros"]
+    with pytest.warns(UserWarning, match=f"{left:,} were allowed: biases that were 0"):
+        run(left, 1)

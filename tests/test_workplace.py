@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from vbdcompress.config import make_config
+from vbdcompress.data import TensorBatches
 from vbdcompress.errors import FitError
-from vbdcompress.workplace import Workplace, identify_run
+from vbdcompress.workplace import OUTPUTS, Workplace, identify_run
 
 ALL = ["1-channels", "2-weights", "finetune"]
 FIRST = {"mode": "channels", "epochs": 3}
@@ -72,3 +73,50 @@ def test_claim_refuses_inputs_that_were_normalised_otherwise(tmp_path):
     Workplace(tmp_path).claim(before)
     with pytest.raises(FitError, match="is another"):
         Workplace(tmp_path, resume=True).claim(after)
+
+
+class Activated(nn.Module):
+    """The same weights, whatever the function behind them."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.function = nn.Linear(3, 2), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+def identity_of(function=torch.relu, loss=None):
+    config = make_config({"mode": "weights"})
+    return identify_run(Activated(function), ("digits", 10, 2), config, torch.zeros(4, 3), loss)
+
+
+def test_claim_refuses_the_weights_in_another_network(tmp_path):
+    Workplace(tmp_path).claim(identity_of())
+    Workplace(tmp_path, resume=True).claim(identity_of(lambda x: torch.relu(x) + 1e-6 * x))  # rounding
+    with pytest.raises(FitError, match="of the same weights, gives other outputs"):
+        Workplace(tmp_path, resume=True).claim(identity_of(torch.tanh))
+
+
+def test_claim_refuses_another_loss(tmp_path):
+    Workplace(tmp_path).claim(identity_of())
+    with pytest.raises(FitError, match="loss was None, is mse_loss"):
+        Workplace(tmp_path, resume=True).claim(identity_of(loss=nn.functional.mse_loss))
+
+
+def test_a_network_that_takes_no_made_up_inputs_is_known_by_its_weights():
+    def refuses(x):
+        raise ValueError("made up")
+
+    assert identity_of(refuses)[OUTPUTS] is None
+    numbers = identity_of(lambda x: x / 0)[OUTPUTS]
+    assert numbers == [None] * 4
+
+
+def test_a_set_is_told_from_another_of_its_size():
+    inputs, labels = torch.rand(600, 3), torch.arange(600) % 7
+    digest = TensorBatches(inputs, labels, 10).digest()
+    assert TensorBatches(inputs.clone(), labels.clone(), 20, shuffle=True, seed=3).digest() == digest
+    assert TensorBatches(inputs, labels.roll(1), 10).digest() != digest
+    assert TensorBatches(inputs + 1, labels, 10).digest() != digest

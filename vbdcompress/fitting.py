@@ -67,7 +67,7 @@ def fit(
         teacher: whose outputs the network follows beside the labels, as `config.distill` says (all
             of the loss where it says nothing): the dense original. None: the labels alone.
         num_data: training examples an epoch over all processes; None counts them.
-        keep_zeros: weights (tensors of 2 or more dimensions) that are 0 stay 0.
+        keep_zeros: what is 0 stays 0, but for biases of nothing else, which may yet learn.
         checkpoint: where the state is kept; with resume, a fit that was cut off goes on as if
             it had not been.
         listener: told of steps and epochs.

@@ -18,7 +18,7 @@ from vbdcompress.choosing import FileSize
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.count import measure_size
-from vbdcompress.data import Unpack, Unpacked, count_examples, split_loader
+from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, device_of, to_device, top1_error
@@ -161,8 +161,11 @@ def _run_stages(
     _check(original, samples, target, sources, config, judge)
     if fabric.is_global_zero:
         record, spec = sources.record, sources.input
-        data = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
-        workplace.claim(identify_run(original, data, config, samples))
+        held = [each for each in (sources.train, sources.validation) if isinstance(each, TensorBatches)]
+        told = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
+        data = (*told, [each.digest() for each in held])
+        loss = None if judge.loss is cross_entropy else judge.loss
+        workplace.claim(identify_run(original, data, config, samples, loss))
     wait_for_all(fabric)
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)

@@ -120,7 +120,10 @@ class StageRunner:
 
     def prepare(self, model: nn.Module, examples: int = CURVE_EXAMPLES) -> None:
         """Take batch norm's statistics anew on training data, without noise, in place."""
-        reestimate_batch_norm_(model.to(self.device), self.sources.train, examples)
+        # A loader that shuffles draws its order: the same one for a run that goes on
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            reestimate_batch_norm_(model.to(self.device), self.sources.train, examples)
 
     def rounds(self, model: nn.Module, samples: Inputs, baseline: float) -> list[StageResult]:
         """All rounds, one after the other; the last one's network is the run's."""
@@ -271,6 +274,11 @@ class StageRunner:
         if bound is not None and written > bound:
             told = f"model.onnx has {written:,} bytes, {bound:,} were allowed"
             found.append(f"{told}: fine-tuning moved weights between codes. Allow a little less.")
+        most = make_budget(self.config, self.original).limits.get("nonzeros")
+        left = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+        if most is not None and left > most:
+            told = f"{left:,} parameters are not zero, {most:,} were allowed"
+            found.append(f"{told}: biases that were 0 were fine-tuned. Allow a little less.")
         if points is not None and errors.validation_after > errors.validation_before + points + TIE:
             told = f"The validation error is {errors.validation_after:.2f} %, {points:g} points above "
             told += f"{errors.validation_before:.2f} % were allowed: the cut network kept to that, "

@@ -42,7 +42,7 @@ class EpochRunner:
         batches: on the device, this process's share.
         teacher: asked at every step; None where the batches hold its outputs, or there is none.
         listener: told of each step; None in all but the main process.
-        keep_zeros: weights (tensors of 2 or more dimensions) that are 0 stay 0.
+        keep_zeros: what is 0 stays 0, but for biases of nothing else, which may yet learn.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class EpochRunner:
         self.full_beta = beta if find_posteriors(module) else 0.0
         self.warmup = min(config.warmup_epochs, config.epochs // 2)
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
-        weights = [weight for weight in module.parameters() if weight.dim() >= 2] if keep_zeros else []
-        self.kept = [(weight, weight != 0) for weight in weights if bool((weight == 0).any())]
+        masks = [(tensor, tensor != 0) for tensor in module.parameters()] if keep_zeros else []
+        cut = [(tensor, mask) for tensor, mask in masks if tensor.dim() >= 2 or bool(mask.any())]
+        self.kept = [(tensor, mask) for tensor, mask in cut if not bool(mask.all())]
 
     def beta(self, epoch: int) -> float:
         """Weight of the KL in an epoch counted from 0; 0 where nothing has a posterior."""
@@ -130,8 +131,8 @@ class EpochRunner:
             )
         self.optimizer.step()
         with torch.no_grad():
-            for weight, kept in self.kept:
-                weight.mul_(kept)
+            for tensor, mask in self.kept:
+                tensor.mul_(mask)
         return torch.stack((terms.nll.detach(), terms.kl.detach()))
 
 

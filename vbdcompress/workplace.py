@@ -2,21 +2,24 @@
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.choices import ChoiceFile
+from vbdcompress.compare import flatten_output
 from vbdcompress.config import MACHINE, RunConfig
 from vbdcompress.errors import FitError
 from vbdcompress.files import write_text
-from vbdcompress.inputs import Inputs, example_shape
+from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode, map_tensors
+from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.training import Listener
 
 IDENTITY_FILE = "run.json"
@@ -30,14 +33,24 @@ CUT = {"threshold", "round_to", "max_error_increase", "max_params", "max_macs", 
 FINETUNING = {"finetune_epochs", "lr_finetune"}
 # or once all training is done
 WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
+# The network's on made-up inputs: so many of each, the same to so much of the largest
+OUTPUTS, SHOWN, OUTPUTS_TOLERANCE = "outputs", 16, 1e-3
 
 
-def identify_run(model: nn.Module, data: Sequence[Any], config: RunConfig, samples: Inputs) -> dict[str, Any]:
+def identify_run(
+    model: nn.Module,
+    data: Sequence[Any],
+    config: RunConfig,
+    samples: Inputs,
+    loss: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
     """What makes a run this run: its network, its data and its options but for the machine's.
 
     Args:
-        data: name, number of training and of validation examples, mean and deviation of the inputs.
-        samples: some of them, for the shape of one.
+        data: name, number of training and of validation examples, mean and deviation of the inputs, and
+            what else tells one set from another.
+        samples: some inputs, for the shape of one.
+        loss: by its name; None where it is cross entropy.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -47,8 +60,47 @@ def identify_run(model: nn.Module, data: Sequence[Any], config: RunConfig, sampl
     return {
         "network": digest.hexdigest()[:16],
         "data": [*data, list(example_shape(samples))],
+        "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        OUTPUTS: _outputs_of(model, samples),
         **options,
     }
+
+
+def _outputs_of(model: nn.Module, samples: Inputs) -> list[float | None] | None:
+    """Some numbers that the network gives for made-up inputs: its code is no part of its state.
+
+    None where it takes no such inputs; in the list where they are not finite.
+    """
+
+    def made_up(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.ones_like(tensor) if tensor.dtype is torch.bool else torch.zeros_like(tensor)
+        return torch.linspace(-1, 1, tensor.numel()).view(tensor.shape).to(tensor)
+
+    try:
+        with torch.no_grad(), in_eval_mode(model):
+            outputs = flatten_output(call(model, map_tensors(first(samples, 2), made_up)))
+    except TRACE_ERRORS:
+        return None
+    numbers = [number for output in outputs for number in output.flatten()[:SHOWN].tolist()]
+    return [float(number) if math.isfinite(number) else None for number in numbers]
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    if key == OUTPUTS:
+        return "the network, of the same weights, gives other outputs"
+    return f"{key} was {before}, is {now}"
+
+
+def _same(key: str, one: Any, other: Any) -> bool:
+    """Whether an entry of two identities is the same; outputs to the rounding of other machines."""
+    if key != OUTPUTS or not one or not other:
+        return bool(one == other)
+    scale = max((abs(number) for number in one if number is not None), default=0.0)
+    return len(one) == len(other) and all(
+        a == b if a is None or b is None else abs(a - b) <= OUTPUTS_TOLERANCE * scale
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -72,10 +124,10 @@ class Workplace:
         path = self.folder / IDENTITY_FILE
         if self.resume and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            differing = sorted(key for key in identity if identity[key] != before.get(key))
+            differing = sorted(key for key in identity if not _same(key, identity[key], before.get(key)))
             fatal = [key for key in differing if key not in CUT | FINETUNING | WRITING]
             if fatal:
-                changes = ", ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in fatal)
+                changes = ", ".join(_change(key, before.get(key), identity[key]) for key in fatal)
                 raise FitError(
                     "resume", f"the run that '{self.folder}' keeps is another: {changes}.", START_ANEW
                 )

@@ -191,7 +191,9 @@ def _claim(
         shutil.rmtree(state)
     state.mkdir(parents=True, exist_ok=True)
     spec = dataset.input
-    data = (order.data_name, len(dataset.train), len(dataset.validation), list(spec.mean), list(spec.std))
+    parts = (dataset.train, dataset.validation)
+    digests = [dataset.train_batches(1, seed=0).digest(), dataset.validation_batches().digest()]
+    data = (order.data_name, *map(len, parts), list(spec.mean), list(spec.std), digests)
     workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1]))
 
 

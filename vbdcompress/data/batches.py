@@ -3,6 +3,7 @@
 Worker processes and per-example Python would cost more than the networks that we train here.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 
 Augment = Literal["none", "crop", "crop-flip"]
 CROP_PADDING = 4
+DIGESTED = 500
 
 
 @dataclass(eq=False)
@@ -58,6 +60,14 @@ class TensorBatches:
     def num_examples(self) -> int:
         """Examples in the set, over all processes."""
         return len(self.labels)
+
+    def digest(self) -> str:
+        """Tells this set from another of its size: a hash of all labels and of some inputs."""
+        some = self.inputs[:: max(1, len(self.inputs) // DIGESTED)]
+        found = hashlib.sha256()
+        for tensor in (self.labels, some):
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order: the same epoch gives the same order, so that a resumed run repeats it."""
