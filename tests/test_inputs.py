@@ -117,6 +117,9 @@ def test_several_inputs_go_the_whole_way(
     torch.testing.assert_close(again, expected)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     assert {item.name for item in session.get_inputs()} == names
+    first_name = session.get_inputs()[0].name
+    assert result.report["input"]["name"] == first_name
+    assert json.loads(session.get_modelmeta().custom_metadata_map["input"])["name"] == first_name
     named = inputs if isinstance(inputs, dict) else dict(zip(["input_0", "input_1"], inputs, strict=True))
     (found,) = session.run(None, {key: tensor.numpy() for key, tensor in named.items()})
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)

@@ -22,7 +22,14 @@ def batches_of(targets, outputs=10):
     ("targets", "outputs", "named", "message"),
     [
         (torch.rand(32, 1), 10, {}, r"float32 \[8, 1\], cross entropy needs classes \[batch\]"),
-        (torch.arange(32), 5, {}, "labels up to 7, the network has 5 outputs"),
+        (torch.arange(32), 5, {}, "training loader: has labels up to 7, the network has 5 outputs"),
+        (
+            torch.randn(32, 10),
+            10,
+            {"metric": lambda *_: torch.zeros(8)},
+            r"(?s)are no probabilities.*loss=F\.mse_loss",
+        ),
+        (torch.rand(32, 10), 10, {"metric": lambda *_: torch.zeros(8)}, "do not sum to 1"),
         (
             torch.rand(32),
             1,
@@ -174,7 +181,7 @@ def test_labels_that_cross_entropy_passes_over_are_taken_in_training():
     _, some = batches_of(torch.where(torch.arange(64) % 7 == 0, -100, labels))
     compress(model, some, validation=clean, test=clean, epochs=1, finetune_epochs=0)
     whole = TensorBatches(torch.cat([images for images, _ in some]), torch.cat([each for _, each in some]), 8)
-    with pytest.raises(DataError, match=r"validation part.*labels from -100"):
+    with pytest.raises(DataError, match=r"validation loader: has labels from -100"):
         compress(model, clean, validation=whole, epochs=1)
 
 

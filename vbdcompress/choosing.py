@@ -73,7 +73,8 @@ class FileSize:
         write_rounded_(rounded, codes)
         record = self.sources.record
         spec = self.sources.input
-        told = file_properties(spec, record.name, record.classes, record.split, (100.0, "validation"))
+        known = (record.name, record.classes, record.split, (100.0, "validation"))
+        told = file_properties(spec, self.samples, *known)
         scratch, storage = Scratch(), Storage(self.config.packs, codes, told)
         return write_onnx(rounded, scratch.folder / "chosen.onnx", self.samples, spec, storage).bytes
 

@@ -1,8 +1,10 @@
 """Parameters, nonzeros, multiply-accumulates and bytes of a network."""
 
 import copy
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -75,10 +77,23 @@ def unused_parameters(model: nn.Module, example: Inputs) -> frozenset[str]:
 def _count_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
     """Innermost module -> MACs of one example: half the FLOPs that torch counts."""
     counter = _ByModule(model)
-    with in_eval_mode(model), torch.no_grad(), counter.hooks(), counter.mode:
+    with _in_the_open(model), counter.hooks(), counter.mode:
         call(model, to_device(example, device_of(model)))
     batch = batch_size(example)
     return {name: flops // (2 * batch) for name, flops in counter.flops.items()}
+
+
+@contextmanager
+def _in_the_open(model: nn.Module) -> Iterator[None]:
+    """In eval mode, without the libraries that run an LSTM as one operation, whose MACs nobody counts."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch's flag of oneDNN looks for a GPU of Intel's
+        for library in (torch.backends.mkldnn, torch.backends.cudnn):
+            stack.enter_context(library.flags(enabled=False))
+        stack.enter_context(in_eval_mode(model))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 class _ByModule:
@@ -143,7 +158,7 @@ def uncounted_ops(model: nn.Module, example: Inputs) -> tuple[str, ...]:
 
     Pointwise operations and views are not named: they have no multiply-accumulates to speak of.
     """
-    with in_eval_mode(model), torch.no_grad(), _OpNames() as seen:
+    with _in_the_open(model), _OpNames() as seen:
         call(model, to_device(example, device_of(model)))
     return tuple(sorted(seen.names - _DATA_MOVES))
 

@@ -104,6 +104,7 @@ class Result:
                 {} if files.rounding is None else files.rounding.codes,
                 file_properties(
                     spec,
+                    files.samples,
                     sources.record.name,
                     sources.record.classes,
                     sources.record.split,

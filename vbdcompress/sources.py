@@ -194,6 +194,14 @@ def check_labels(output: Tensor, target: Any, sources: Sources, metric: Metric) 
                 f"or their probabilities [batch, {output.shape[1]}].",
                 "Pass a loss of your own: compress(..., loss=, metric=)",
             )
+        off = (target.double().sum(1) - 1).abs() > PROBABILITY
+        if bool((target < 0).any()) or bool(off.any()):
+            raise DataError(
+                "loader",
+                f"yields targets of {_shape_of(target)} that are no probabilities: they are below 0, or do "
+                "not sum to 1; cross entropy needs classes or their probabilities.",
+                "Numbers to predict: compress(..., loss=F.mse_loss, metric=)",
+            )
         return
     parts = {"training": sources.train, "validation": sources.validation, "test": sources.test}
     labelled = {part: each.labels for part, each in parts.items() if isinstance(each, TensorBatches)}
@@ -202,12 +210,13 @@ def check_labels(output: Tensor, target: Any, sources: Sources, metric: Metric) 
             continue
         skips = part == "training" or metric is not top1_error
         labels = given.where(given != IGNORED, 0) if skips else given
-        where = f"data set '{sources.record.name}', {part} part"
+        name = sources.record.name
+        where = f"the {part} loader" if name is None else f"data set '{name}', {part} part"
         if int(labels.max()) >= output.shape[1]:
             raise DataError(
                 where,
                 f"has labels up to {int(labels.max())}, the network has {output.shape[1]} outputs.",
-                "Choose the data set that it was trained on: --data",
+                "Labels count from 0; the data must be of the classes that it was trained on.",
             )
         if int(labels.min()) < 0:
             raise DataError(

@@ -208,6 +208,9 @@ def test_run_refuses_a_data_set_with_more_classes_than_the_network(cli, zoo, tmp
     assert code == 1
     assert "labels up to 11, the network has 10 outputs" in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+    code, _, err = cli("evaluate", zoo / "digits.pt", "--data", tmp_path / "set.npz", "--split", "validation")
+    assert code == 1
+    assert "labels up to 11, the network has 10 outputs" in " ".join(err.split())
 
 
 def test_run_refuses_images_that_the_network_can_not_take(cli, zoo, tmp_path):

@@ -77,6 +77,16 @@ def test_load_data_notes_images_of_another_scale(tmp_path: Path, images: Any, wa
     assert [note[:10] for note in held.notes] == ["The valida"] * warned
 
 
+def test_load_data_notes_a_normalisation_of_bytes_for_pixels_up_to_1(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8)
+    of_bytes = InputSpec((1, 4, 4), (127.0,), (74.0,))
+    (note,) = load_data(write_npz(tmp_path / "set.npz", images=pixels), normalisation=of_bytes).notes
+    assert "[127.0] and [74.0]" in note
+    as_they_are = write_npz(tmp_path / "floats.npz", images=pixels.astype(np.float32))
+    assert load_data(as_they_are, normalisation=of_bytes).notes == ()
+    assert load_data(as_they_are, normalisation=InputSpec((1, 4, 4), (0.0,), (255.0,))).notes == ()
+
+
 def test_load_data_takes_a_normalisation_that_is_a_scale_alone(tmp_path: Path) -> None:
     dark = write_npz(
         tmp_path / "set.npz", images=np.random.default_rng(0).integers(0, 20, (20, 4, 4), np.uint8)

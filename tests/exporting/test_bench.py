@@ -49,6 +49,29 @@ def test_count_macs_agrees_with_torch_for_packed_files_too(files: tuple[Path, Pa
     assert count_macs(files[1], {}) == 192 * 40_000 + 40_000 * 4
 
 
+class Recurrent(nn.Module):
+    """Two layers that run in both directions, and a Linear behind them."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cells, self.head = kind(6, 8, 2, batch_first=True, bidirectional=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0].mean(1))
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_macs_of_recurrent_layers_are_those_of_their_steps(
+    kind: type[nn.RNNBase], gates: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, samples = Recurrent(kind).eval(), torch.randn(3, 5, 6)
+    by_hand = 5 * 2 * gates * 8 * ((6 + 8) + (16 + 8)) + 16 * 4
+    assert measure_size(model, samples).macs == by_hand
+    export_onnx(model, tmp_path / "cells.onnx", samples)
+    assert count_macs(tmp_path / "cells.onnx", {}) == by_hand
+
+
 def test_bench_measures_every_file_in_every_setting(files: tuple[Path, Path]) -> None:
     rows = bench(files, batch_sizes=(1, 3), threads=(1, 2), seconds=0.01)
     for row, path in zip(rows, files, strict=True):

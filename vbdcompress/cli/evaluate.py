@@ -116,10 +116,20 @@ class _Network:
     def error(self, batches: "TensorBatches") -> float:
         """Top-1 error in percent."""
         try:
-            wrong = sum(int((self.run(inputs).argmax(1) != labels).sum()) for inputs, labels in batches)
+            wrong, classes = 0, 0
+            for inputs, labels in batches:
+                output = self.run(inputs)
+                classes = output.shape[1]
+                wrong += int((output.argmax(1) != labels).sum())
         except (RuntimeError, ValueError, IndexError) as error:
             shape = tuple(batches.inputs.shape[1:])
             raise DataError("evaluate", f"the network fails on inputs of shape {shape}: {error}") from error
+        if (largest := int(batches.labels.max())) >= classes:
+            raise DataError(
+                "evaluate",
+                f"the data have labels up to {largest}, the network has {classes} outputs.",
+                "Labels count from 0; the data must be of the classes that it was trained on.",
+            )
         return 100.0 * wrong / batches.num_examples
 
 

@@ -18,8 +18,8 @@ MEASURED_AT_ONCE = 1000
 STRANGE_MEAN, STRANGE_STD = 4.0, (0.1, 3.0)
 # Classes that a warning names
 NAMED = 5
-# Of pixels from 0 to 1
-DEVIATIONS = (0.02, 0.5)
+# Of pixels from 0 to 1; what is said of those up to 255 is above the last
+DEVIATIONS, LARGEST_SCALE = (0.02, 0.5), 2.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> tup
 
 def _notes(part: str, raw: RawImages, told: InputSpec) -> tuple[str, ...]:
     """A warning where a part's images are of another scale than those that the network was trained on."""
-    if any(not DEVIATIONS[0] <= std <= DEVIATIONS[1] for std in told.std):
+    if any(std < DEVIATIONS[0] or DEVIATIONS[1] < std <= LARGEST_SCALE for std in told.std):
         return ()  # a scale (1 for pixels as they are, 1/255 for bytes), not how far the images vary
     some = raw.images[:: max(1, len(raw.images) // MEASURED_AT_ONCE)]
     found = _measure(replace(raw, images=some))

@@ -53,7 +53,7 @@ class BenchRow:
     Attributes:
         file: its path.
         bytes: of the file.
-        macs: multiply-accumulates of one example in convolutions and matrix products.
+        macs: multiply-accumulates of one example in convolutions, matrix products and recurrent layers.
         load_ms: median time to make a session.
         peak_bytes: memory that a fresh process needs more to load it and run the largest batch.
         timings: latency, in the order in which it was measured.
@@ -158,9 +158,10 @@ def _peak_bytes(path: Path, feeds: Feeds) -> int:
 
 
 def count_macs(path: Path, dims: Mapping[str, int]) -> int:
-    """Multiply-accumulates of one example in convolutions and matrix products, read off the graph.
+    """Multiply-accumulates of one example in convolutions, matrix products and recurrent layers.
 
-    Of the graph as onnxruntime sees it once constants are folded: packed weights have shapes then.
+    Of the graph as onnxruntime sees it once constants are folded: packed weights have shapes then. What
+    the rest has comes from a run, for shapes that the graph itself computes can't be inferred.
     """
     with tempfile.TemporaryDirectory() as folder:
         folded = Path(folder) / "folded.onnx"
@@ -170,30 +171,31 @@ def count_macs(path: Path, dims: Mapping[str, int]) -> int:
         options.optimized_model_filepath = str(folded)
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         proto = onnx.load(folded)
-    for value in proto.graph.input:
-        for place, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not dim.HasField("dim_value"):
-                dim.dim_value = dims.get(dim.dim_param, 1)
-            elif place == 0:
-                dim.dim_value = 1
-    del proto.graph.value_info[:]
-    for value in proto.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*inferred.input, *inferred.value_info, *inferred.output)
-    }
-    shapes |= {item.name: list(item.dims) for item in inferred.initializer}
-    return sum(_macs(node, shapes) for node in inferred.node)
+    nodes = [node for node in proto.graph.node if node.op_type in _COUNTED]
+    feeds = make_feeds(open_session(path), 1, dims)
+    shapes = {item.name: list(item.dims) for item in proto.graph.initializer}
+    shapes |= {name: list(value.shape) for name, value in feeds.items()}
+    used = {name for node in nodes for name in (*node.input[:3], node.output[0]) if name}
+    asked = sorted(used - shapes.keys())
+    if asked:
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
+        found = open_session(proto.SerializeToString()).run(asked, feeds)
+        shapes |= {name: list(value.shape) for name, value in zip(asked, found, strict=True)}
+    return sum(
+        _macs(node, [shapes.get(name, []) for name in (*node.input, node.output[0])]) for node in nodes
+    )
 
 
-def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
-    """Of one node: its outputs times what each sums over."""
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return 0
-    first, second = (shapes.get(name, []) for name in node.input[:2])
-    output = shapes.get(node.output[0], [])
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *_RECURRENT)
+
+
+def _macs(node: onnx.NodeProto, shapes: Sequence[list[int]]) -> int:
+    """Of one node, given the shapes of its inputs and of its first output."""
+    first, second, output = shapes[0], shapes[1], shapes[-1]
+    if node.op_type in _RECURRENT:  # every step, [steps, batch, ...], reads all weights of both kinds
+        return first[0] * first[1] * (prod(second) + prod(shapes[2]))
     if node.op_type == "ConvTranspose":
         return prod(first) * prod(second[1:])
     if node.op_type == "Conv":

@@ -12,7 +12,7 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import TakesPixels, inputs_for
 from vbdcompress.exporting.slim_file import SlimFile, save_slim
-from vbdcompress.inputs import Inputs, example_shape
+from vbdcompress.inputs import Inputs, example_shape, names_of
 from vbdcompress.records import ExportCheck, InputSpec
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.versions import version_of
@@ -80,6 +80,7 @@ def write_onnx(
 
 def file_properties(
     spec: InputSpec,
+    samples: Inputs,
     data: str | None,
     classes: Sequence[str],
     validation: Mapping[str, Any] | None,
@@ -88,13 +89,14 @@ def file_properties(
     """What a model.onnx says of itself, for who has nothing else.
 
     Args:
+        samples: some inputs: the first of several gives its name.
         validation: {"fraction", "seed"} of the validation split, with "held_out": False where training may
             have seen it, and "examples" that were split.
         error: in percent, and the name of the set.
     """
     told = {
         "made_by": f"vbdcompress {version_of('vbdcompress')}",
-        "input": json.dumps(asdict(spec)),
+        "input": json.dumps(asdict(replace(spec, name=names_of(samples, spec.name)[0]))),
         "data": data,
         "classes": json.dumps(list(classes)) if classes else None,
         "validation": json.dumps(validation) if validation else None,

@@ -5,7 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -139,7 +139,7 @@ def report(
         "config": dict(context.config),
         "seed": context.config.get("seed"),
         "seconds": context.seconds,
-        "input": asdict(spec),
+        "input": asdict(replace(spec, name=names_of(example, spec.name)[0])),
         "inputs": _input_rows(example, spec),
         "data": None if context.data is None else asdict(context.data),
         "warnings": list(context.warnings),
