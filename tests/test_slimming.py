@@ -1,12 +1,16 @@
 """Slimming's curve, its multiples of channels, and batch norm's statistics."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vbdcompress.conversion import convert
 from vbdcompress.slimming import measure_curve, reestimate_batch_norm_, slim
-from vbdcompress.vbd.posterior import find_posteriors
+from vbdcompress.vbd.elbo import ELBO
+from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 
 def test_round_to_keeps_multiples_and_the_most_certain_channels():
@@ -166,3 +170,50 @@ def test_reestimate_batch_norm_stops_when_it_has_seen_enough():
     data = 5 + 2 * torch.randn(400, 3)
     reestimate_batch_norm_(model, [(part, None) for part in data.split(100)], examples=150)
     assert torch.allclose(model[0].running_mean, data[:200].mean(0), atol=1e-5)
+
+
+class Spectral(nn.Module):
+    """Complex weights between Linear layers, as Fourier operators have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(0.1 * torch.randn(8, 8, dtype=torch.cfloat))
+        self.register_buffer("scale", torch.ones(8, dtype=torch.cfloat))
+        self.stem, self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 8] -> [batch, 3]."""
+        modes = torch.fft.fft(torch.relu(self.stem(x))) * self.scale @ self.mixing
+        logits: Tensor = self.head(torch.relu(self.hidden(torch.fft.ifft(modes).real)))
+        return logits
+
+
+@pytest.mark.parametrize("mode", ["weights", "channels"])
+def test_slim_keeps_complex_weights_as_they_are(mode: Any) -> None:
+    torch.manual_seed(0)
+    converted = convert(Spectral().eval(), torch.randn(4, 8), mode)
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data.fill_(-30.0)
+        posterior.log_sigma2.data[:3] = 60.0
+    cut = slim(converted, 3.0).model
+    assert cut.mixing.dtype == cut.scale.dtype == torch.complex64
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in Spectral().parameters())
+    assert cut(torch.randn(5, 8)).shape == (5, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_slim_takes_weights_that_a_hook_computes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 6)), nn.ReLU(), nn.Linear(6, 3))
+    converted = convert(model, torch.randn(4, 5), "weights")
+    terms = ELBO(converted.model.train(), F.cross_entropy, 10)(torch.randn(4, 5), torch.arange(4) % 3, 1.0)
+    terms.objective.backward()  # the hook's weight is of this step's graph
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data.fill_(-30.0)
+        posterior.log_sigma2.data[:, 0] = 60.0
+    cut = slim(converted, 3.0).model
+    inputs = torch.randn(5, 5)
+    set_threshold_(converted.model.eval(), 3.0)
+    with torch.no_grad():
+        torch.testing.assert_close(cut(inputs), converted.model(inputs))
+    assert not cut[0].weight_v[:, 0].any()

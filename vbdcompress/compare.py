@@ -1,5 +1,6 @@
 """What two networks give, compared: whether one is exactly the other."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -16,9 +17,20 @@ EXACT = 1e-10
 
 
 def as_double(tensor: Tensor) -> Tensor:
-    """On the CPU; in float64 where it holds floating point numbers."""
+    """On the CPU; in float64 where it holds floating point numbers, complex ones likewise."""
     plain = tensor.detach().cpu()
+    if plain.is_complex():
+        return plain.to(torch.complex128)
     return plain.double() if plain.is_floating_point() else plain
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode, all numbers in double precision; torch's own leaves complex ones."""
+    copied = copy.deepcopy(model).cpu().double().eval()
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        if tensor.is_complex():
+            tensor.data = tensor.data.to(torch.complex128)
+    return copied
 
 
 @contextmanager

@@ -147,6 +147,7 @@ def _convert_weights_(
 ) -> Iterator[LayerRow]:
     """Args: plain: layers that use their weight in their own call and nowhere else."""
     tied = shared_parameters(model)
+    unfit = {*tied, id(None)}  # None: the weight is computed, as the older weight_norm does
     for name, module in list(model.named_modules()):
         own = list(module.named_parameters(recurse=False))
         count = sum(parameter.numel() for _, parameter in own)
@@ -160,7 +161,9 @@ def _convert_weights_(
             yield LayerRow(name, kind, "left", "it already has a parametrization", count)
         elif len(unreached) == len(own):
             yield LayerRow(name, kind, "left", NO_GRADIENT, count)
-        elif type(module) in VBD_LAYERS and id(module.weight) not in tied and name in plain:
+        elif (
+            type(module) in VBD_LAYERS and name in plain and id(module._parameters.get("weight")) not in unfit
+        ):
             attach_posterior_(module, log_sigma2)
             yield LayerRow(name, kind, "converted", "a posterior on each weight, drawn at the output", count)
         else:

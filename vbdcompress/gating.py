@@ -61,7 +61,8 @@ def convert_channels_(
         costs: group -> weight of the KL of each of its gates.
     """
     device = device_of(model)
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    real = next(tensor for tensor in model.parameters() if tensor.is_floating_point())
+    dtype = torch.promote_types(real.dtype, torch.float32)
     gates = {
         group.name: ChannelGate(group.size, log_sigma2, group.name, costs[group.name]).to(device, dtype)
         for group in scan.removable

@@ -1,6 +1,5 @@
 """slim: choose how much goes, and cut it out of the network."""
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vbdcompress.compare import EXACT, as_double, flatten_output, in_double, relative_difference
+from vbdcompress.compare import EXACT, as_double, double_copy, flatten_output, in_double, relative_difference
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.errors import SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors
+from vbdcompress.originals import forget_graph_
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
@@ -63,9 +63,10 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
         SlimError: the two differ: a defect, better a stop than a wrong network.
     """
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
+    forget_graph_(converted.model)  # of a loop of the user's own
     # Copies come late and go early: the largest networks leave room for few
     dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
-    gated = copy.deepcopy(converted.model).cpu().double().eval()
+    gated = double_copy(converted.model)
     set_threshold_(gated, chosen, round_to)
     with in_double():
         model, plan = _cut(converted, gated, chosen, round_to)
@@ -174,7 +175,7 @@ def _difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     found = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, tensor) for name, tensor in found if tensor.is_floating_point()]
+    return [(name, tensor) for name, tensor in found if tensor.is_floating_point() or tensor.is_complex()]
 
 
 def _group_row(group: Any, plan: RemovalPlan) -> GroupRow:

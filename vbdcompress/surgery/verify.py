@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vbdcompress.compare import EXACT, as_double, flatten_output, in_double, relative_difference
+from vbdcompress.compare import EXACT, as_double, double_copy, flatten_output, in_double, relative_difference
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
 from vbdcompress.surgery.groups import (
@@ -169,7 +169,7 @@ def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str
 
 def _random_copy(model: nn.Module, seed: int) -> nn.Module:
     """Random weights and statistics, so that no zero or freshly initialised layer hides a difference."""
-    trial = copy.deepcopy(model).cpu().double().eval()
+    trial = double_copy(model)
     generator = torch.Generator().manual_seed(seed)
     for parameter in trial.parameters():
         if parameter.is_floating_point():
