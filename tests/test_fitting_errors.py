@@ -68,6 +68,13 @@ def test_fit_names_a_label_without_a_logit(make_network: Make, label: int) -> No
         fit(make_network(), [batch], CONFIG)
 
 
+def test_fit_names_a_batch_that_norms_can_t_train_on() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    batches = [(torch.randn(size, 4), torch.zeros(size, dtype=torch.int64)) for size in (5, 1)]
+    with pytest.raises(FitError, match=r"(?s)batch of one example.*drop_last=True"):
+        fit(model, batches, FitConfig(device="cpu", epochs=1))
+
+
 def test_fit_lets_the_networks_own_errors_through() -> None:
     with pytest.raises(IndexError, match="index out of range"):
         fit(nn.Embedding(3, 4), [(torch.tensor([7]), torch.tensor([0]))], CONFIG)

@@ -167,7 +167,8 @@ class RunConfig(FitConfig):
     pack: bool | None = Field(
         None,
         description="Store weights in model.onnx as gaps and codes that standard operators turn into weights "
-        "when a session is made; without it in weights mode, and where bits are not 32.",
+        "when a session is made; without it in weights mode, and where bits are not 32. Unpacked, weights of "
+        "fewer bits take 32 in the file.",
     )
     embed_preprocessing: bool = Field(
         False, description="Let model.onnx normalise by itself: it takes pixels, uint8 from 0 to 255."
@@ -268,6 +269,8 @@ class RunConfig(FitConfig):
     def _is_limit(cls, value: Any) -> Any:
         whole = isinstance(value, int | str) and not isinstance(value, bool)
         if value is None or (whole and re.fullmatch(r"\d+(\.\d+)?\s*%|\d+", str(value))):
+            if str(value).endswith("%") and float(str(value).rstrip("% ")) > 100:
+                raise ValueError("is a share of the original: at most 100%")
             return value
         raise ValueError("is neither a whole number nor a share such as '10%'")
 

@@ -92,6 +92,8 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
                 f"layer '{name}' is {type(module).__name__}, which has no weights yet.",
                 f"Run one batch through the model first, or skip it: --skip {name}",
             )
+    if not any(True for _ in model.parameters()):
+        raise ConvertError("convert", "nothing in the network can be converted: it has no parameters.")
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise ConvertError(

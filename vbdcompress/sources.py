@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vbdcompress.data import TensorBatches, on_device
 from vbdcompress.errors import DataError
 from vbdcompress.evaluation import Loss, Metric, device_of, to_device, top1_error
-from vbdcompress.inputs import Inputs, call, in_eval_mode, tensors_of
+from vbdcompress.inputs import Inputs, call, in_eval_mode, shapes_of, tensors_of
 from vbdcompress.records import InputSpec
 from vbdcompress.reporting.build import DataRecord
 
@@ -79,6 +79,12 @@ def first_batch(loader: Iterable[Any], where: str = "loader") -> tuple[Inputs, A
             "tensors) and targets.",
             "From Python, say what is what: compress(..., unpack=lambda batch: (inputs, target))",
         )
+    if isinstance(batch[1], int | float) or (isinstance(batch[1], Tensor) and not batch[1].dim()):
+        raise DataError(
+            where,
+            "yields single examples, allowed are batches of them.",
+            "DataLoader(dataset, batch_size=...) makes batches of a data set.",
+        )
     inputs: Inputs = batch[0]
     for tensor in tensors_of(inputs):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -137,7 +143,13 @@ def _try_on(
     kind = getattr(judge, "__name__", type(judge).__name__)
     advice = "Pass your own: compress(..., loss=, metric=); a metric gives each example's error, 0 to 1."
     with in_eval_mode(model), torch.no_grad():
-        output = call(model, inputs)
+        try:
+            output = call(model, inputs)
+        except JUDGE_ERRORS as error:
+            shapes = ", ".join(str(shape) for shape in shapes_of(inputs))
+            raise DataError(
+                f"the {part} loader", f"yields inputs of {shapes}, on which the network fails: {error}"
+            ) from error
         try:
             check(output, target, judge(output, target))
         except JUDGE_ERRORS as error:

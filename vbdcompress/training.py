@@ -124,6 +124,14 @@ class EpochRunner:
             if not str(error).startswith("Target"):  # torch's cross entropy on the CPU: no logit for a label
                 raise
             raise FitError("fit", f"the loss refused a batch: {error}", "Labels count from 0.") from error
+        except ValueError as error:
+            if not str(error).startswith("Expected more than 1 value per channel"):  # torch's batch norm
+                raise
+            raise FitError(
+                "fit",
+                f"batch norm can't train on a batch of one example: {error}",
+                "Leave a last batch of one out: DataLoader(..., drop_last=True)",
+            ) from error
         self.fabric.backward(terms.objective)
         if self.config.clip_norm is not None:
             self.fabric.clip_gradients(

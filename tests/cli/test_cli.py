@@ -139,6 +139,7 @@ def test_zoo_lists_networks(cli, zoo):
         (["run", "ZOO", "--data", "mnits"], 1, "did you mean 'mnist'"),
         (["run", "ZOO", "--threshold", "3", "--max-params", "10%"], 2, "give one of them"),
         (["run", "ZOO", "--max-params", "tenth"], 2, "neither a whole number nor a share"),
+        (["run", "ZOO", "--max-macs", "150%"], 2, "at most 100%"),
         (["run", "ZOO", "--epochs", "many"], 2, "not a valid integer"),
         (["run", "ZOO", "--mode", "units"], 2, "'units' is not one of"),
         (["run", "ZOO", "--resume"], 2, "no unfinished run"),

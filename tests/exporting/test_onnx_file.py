@@ -145,3 +145,16 @@ def test_export_onnx_of_a_slim_network_has_the_operators_of_the_original(name, t
         operators.append(Counter(node.op_type for node in proto.graph.node))
     assert operators[0] == operators[1]
     assert not {"Identity", "Dropout", "BatchNormalization"} & set(operators[1])
+
+
+class BySize(nn.Module):
+    """Reads the number of examples as a plain number."""
+
+    def forward(self, x):
+        return x.reshape(len(x), -1).sum(1)
+
+
+def test_export_onnx_says_what_fixes_the_batch_size(tmp_path):
+    with pytest.raises(ExportError, match=r"(?s)batches of 2 alone.*as len\(x\) does"):
+        export_onnx(BySize(), tmp_path / "model.onnx", torch.randn(3, 2, 4))
+    assert not list(tmp_path.iterdir())

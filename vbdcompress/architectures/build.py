@@ -58,7 +58,7 @@ def build_architecture(
         raise LoadError(
             f"architecture '{name}'",
             f"has arguments in the file that make it read or download others: {', '.join(reaching_out)}.",
-            f"If you trust it, say so yourself: --arch {name}",
+            f"If you trust it, say so yourself: --arch {name}, from Python arch={name!r}",
         )
     builder = _find_builder(name, trusted)
     try:
@@ -84,7 +84,7 @@ def _find_builder(name: str, trusted: bool) -> Callable[..., nn.Module]:
         raise LoadError(
             f"architecture '{name}'",
             "is named inside the file, and to build it would run code of the file's choosing.",
-            f"If you trust it, say so yourself: --arch {name}",
+            f"If you trust it, say so yourself: --arch {name}, from Python arch={name!r}",
         )
     if colon:
         return _user_builder(source, member)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from vbdcompress.errors import ExportError
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import TakesPixels, inputs_for
@@ -50,6 +51,10 @@ def export(
         ExportError: see `export_onnx`; then neither file is written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(
+            f"export to '{folder}'", "is a file; allowed is a folder, made where it is missing."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     spec = input or InputSpec(example_shape(samples))
     check = write_onnx(model, folder / "model.onnx", samples, spec, storage)
