@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vbdcompress.data import TensorBatches
-from vbdcompress.errors import ConfigError, ConvertError, DataError, ExportError
+from vbdcompress.errors import ConfigError, ConvertError, DataError
 from vbdcompress.pipeline import compress
 
 
@@ -289,34 +289,3 @@ def test_auxiliary_heads_are_named(distill):
         compress(
             TwoHeads(), batches, validation=batches, test=batches, mode="weights", epochs=1, distill=distill
         )
-
-
-def test_inputs_of_another_size_are_named_by_their_part():
-    model, batches = batches_of(torch.arange(32) % 10)
-    other = [(torch.rand(8, 1, 9, 9), targets) for _, targets in batches]
-    for part in ("validation", "test"):
-        given = {"validation": batches, "test": batches} | {part: other}
-        with pytest.raises(DataError, match=rf"{part} loader: yields inputs of \(8, 1, 9, 9\), on which"):
-            compress(model, batches, **given, epochs=1)
-
-
-def test_a_data_set_is_no_loader():
-    model, batches = batches_of(torch.arange(32) % 10)
-    examples = torch.utils.data.TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
-    with pytest.raises(DataError, match=r"(?s)yields single examples.*DataLoader\(dataset"):
-        compress(model, examples, validation=batches)
-
-
-def test_a_network_without_parameters_is_refused():
-    _, batches = batches_of(torch.arange(32) % 10)
-    with pytest.raises(ConvertError, match="it has no parameters"):
-        compress(nn.Flatten(), batches, validation=batches)
-
-
-def test_a_file_is_no_folder_to_export_to(tmp_path):
-    model, batches = batches_of(torch.arange(32) % 10)
-    (tmp_path / "mine").write_text("mine")
-    with pytest.warns(UserWarning, match="no test set"):
-        found = compress(model, batches, validation=batches, epochs=0, finetune_epochs=0)
-    with pytest.raises(ExportError, match="is a file; allowed is a folder"):
-        found.export(tmp_path / "mine")

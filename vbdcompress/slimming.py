@@ -194,13 +194,14 @@ def _group_row(group: Any, plan: RemovalPlan) -> GroupRow:
 
 @torch.no_grad()
 def reestimate_batch_norm_(
-    model: nn.Module, loader: Iterable[Any], examples: int = STATISTICS_EXAMPLES
+    model: nn.Module, loader: Iterable[Any], examples: int = STATISTICS_EXAMPLES, seed: int = 0
 ) -> None:
     """Take batch norm's running statistics anew, in place: those of the fit were taken under noise.
 
     Args:
         loader: training batches, (input, target).
         examples: batches are taken until they hold as many.
+        seed: of the order that a loader that shuffles draws: a run that goes on takes the same examples.
     """
     norms = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
@@ -214,11 +215,13 @@ def reestimate_batch_norm_(
         norm.momentum = None  # a plain average over the batches
         norm.train()
     device, seen = device_of(model), 0
-    for inputs, _ in loader:
-        call(model, to_device(inputs, device))
-        seen += batch_size(inputs)
-        if seen >= examples:
-            break
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for inputs, _ in loader:
+            call(model, to_device(inputs, device))
+            seen += batch_size(inputs)
+            if seen >= examples:
+                break
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -120,10 +120,7 @@ class StageRunner:
 
     def prepare(self, model: nn.Module, examples: int = CURVE_EXAMPLES) -> None:
         """Take batch norm's statistics anew on training data, without noise, in place."""
-        # A loader that shuffles draws its order: the same one for a run that goes on
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            reestimate_batch_norm_(model.to(self.device), self.sources.train, examples)
+        reestimate_batch_norm_(model.to(self.device), self.sources.train, examples, self.config.seed)
 
     def rounds(self, model: nn.Module, samples: Inputs, baseline: float) -> list[StageResult]:
         """All rounds, one after the other; the last one's network is the run's."""
@@ -263,19 +260,18 @@ class StageRunner:
         if config.bits == "32":
             return None
         allowed = None if points is None else baseline + points
-        bound = self._most_bytes()
+        bound = self._most("bytes")
         fits = None if bound is None else lambda codes: self.files.write(model, codes) <= bound
         return round_model_(model, config.bits, sigma, self.validate, allowed, fits)
 
     def excess(self, model: nn.Module, rounding: Rounding | None, errors: ErrorRecord) -> list[str]:
         """Warnings where the file is larger than asked for after all, or the network worse."""
-        found, bound, points = [], self._most_bytes(), self.config.max_error_increase
+        found, bound, points = [], self._most("bytes"), self.config.max_error_increase
         written = 0 if bound is None else self.files.write(model, {} if rounding is None else rounding.codes)
         if bound is not None and written > bound:
             told = f"model.onnx has {written:,} bytes, {bound:,} were allowed"
             found.append(f"{told}: fine-tuning moved weights between codes. Allow a little less.")
-        most = make_budget(self.config, self.original).limits.get("nonzeros")
-        left = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+        most, left = self._most("nonzeros"), sum(int(each.count_nonzero()) for each in model.parameters())
         if most is not None and left > most:
             told = f"{left:,} parameters are not zero, {most:,} were allowed"
             found.append(f"{told}: biases that were 0 were fine-tuned. Allow a little less.")
@@ -286,8 +282,8 @@ class StageRunner:
             found.append(f"{told}{what} did not. Fine-tune longer or slower, or keep more bits.")
         return found
 
-    def _most_bytes(self) -> int | None:
-        return make_budget(self.config, self.original).limits.get("bytes")
+    def _most(self, field: str) -> int | None:
+        return make_budget(self.config, self.original).limits.get(field)
 
     def final_errors(self, original: nn.Module, slimmed: nn.Module, baseline: float) -> ErrorRecord:
         """Validation and, for the first and only time, test error of both networks."""

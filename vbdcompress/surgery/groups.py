@@ -83,8 +83,7 @@ class ChannelGroup:
         whole_because: why no channel may go; None where they may.
         parameters: others with something for each channel on the way: a scale, a table of heads.
         widths: names under which the writers' module may keep the number of channels of all these heads.
-        foldable: whether a channel that no weight writes is a constant: nothing but the writers decides
-            what the readers are given, no mask or choice that the network computes from its input.
+        foldable: whether nothing but the writers decides what the readers are given; see `influence`.
     """
 
     name: str

@@ -5,9 +5,10 @@ computed from the input, a choice by argmax. Here every operation passes on the 
 were made of, one set for a tensor, so that nothing is overlooked.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdcompress.inputs import Inputs, call, tensors_of
-from vbdcompress.surgery.weights import is_mixing
+from vbdcompress.surgery.groups import TRACE_ERRORS, GroupScan
+from vbdcompress.surgery.weights import Mixing, is_mixing, layer_widths
 
 # No layer's name: the network's input, and what no derivative is taken through
 INPUT, DECISION = "(input)", "(decision)"
@@ -68,6 +70,55 @@ def find_influences(model: nn.Module, inputs: Inputs) -> Influences:
     with mode.hooks(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), mode, _Detached(mode):
         call(model, inputs)
     return found
+
+
+def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupScan:
+    """Note which groups' constants may be folded; leave whole what layers may touch that did not run.
+
+    A network whose code looks at values may send other inputs to other layers, as a mixture of experts does.
+    """
+    try:
+        found = find_influences(trial, inputs)
+    except TRACE_ERRORS:
+        return replace(scan, groups=tuple(replace(group, foldable=False) for group in scan.groups))
+    writers: dict[str, set[str]] = {}
+    for group in scan.groups:
+        for member in group.readers:
+            writers.setdefault(member.layer, set()).update(writer.layer for writer in group.writers)
+    idle = _idle_layers(trial, inputs, found.called) if found.branches else {}
+    groups = []
+    for group in scan.groups:
+        decided = (found.readers.get(m.layer, {INPUT}) <= writers[m.layer] for m in group.readers)
+        judged = replace(group, foldable=not found.branches and all(decided))
+        widths = {len(member.index) for member in (*group.writers, *group.readers)}
+        touching = [name for name, own in idle.items() if widths & own]
+        if touching and group.whole_because is None:
+            judged = judged.whole(
+                f"'{touching[0]}', which did not run on the example, may be among its layers"
+            )
+        groups.append(judged)
+    return replace(scan, groups=tuple(groups), read_elsewhere=frozenset(found.read_elsewhere))
+
+
+def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str, set[int]]:
+    """Mixing layers that run neither on the example nor in training, with their numbers of channels."""
+    called = set(called)
+    training = copy.deepcopy(trial).train()
+    for name, module in training.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    why_not_training(training, inputs)  # what it raises is told of where groups are tried
+    layers = ((name, module) for name, module in trial.named_modules() if isinstance(module, Mixing))
+    return {name: set(layer_widths(module)) for name, module in layers if name not in called}
+
+
+def why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
+    """What running it in training mode raises, where other layers may be called: auxiliary heads."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            call(model.train(), inputs)
+    except TRACE_ERRORS as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]

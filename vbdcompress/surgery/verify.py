@@ -22,12 +22,12 @@ from vbdcompress.surgery.groups import (
     GroupScan,
     trace_groups,
 )
-from vbdcompress.surgery.influence import INPUT, find_influences
+from vbdcompress.surgery.influence import heed_influences, why_not_training
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take
 from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
-from vbdcompress.surgery.weights import Index, Mixing, layer_widths, scale_inputs_
+from vbdcompress.surgery.weights import Index, Mixing, scale_inputs_
 
 TRIAL_SHARE = 0.3
 
@@ -53,7 +53,7 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
 
 def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: bool, seed: int) -> GroupScan:
     traced = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
-    traced = _heed_influences(trial, inputs, traced)
+    traced = heed_influences(trial, inputs, traced)
     scan = _try_scan(trial, inputs, traced, seed)
     groups: list[ChannelGroup] = []
     for before, after in zip(traced.groups, scan.groups, strict=True):
@@ -126,45 +126,6 @@ def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
                 reason = f"'{held.layer}' is a parameter under more than one name"
         groups.append(group.whole(reason) if reason and group.whole_because is None else group)
     return replace(scan, groups=tuple(groups))
-
-
-def _heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupScan:
-    """Note which groups' constants may be folded; leave whole what layers may touch that did not run.
-
-    A network whose code looks at values may send other inputs to other layers, as a mixture of experts does.
-    """
-    try:
-        found = find_influences(trial, inputs)
-    except TRACE_ERRORS:
-        return replace(scan, groups=tuple(replace(group, foldable=False) for group in scan.groups))
-    writers: dict[str, set[str]] = {}
-    for group in scan.groups:
-        for member in group.readers:
-            writers.setdefault(member.layer, set()).update(writer.layer for writer in group.writers)
-    idle = _idle_layers(trial, inputs, found.called) if found.branches else {}
-    groups = []
-    for group in scan.groups:
-        decided = (found.readers.get(m.layer, {INPUT}) <= writers[m.layer] for m in group.readers)
-        judged = replace(group, foldable=not found.branches and all(decided))
-        widths = {len(member.index) for member in (*group.writers, *group.readers)}
-        touching = [name for name, own in idle.items() if widths & own]
-        if touching and group.whole_because is None:
-            judged = judged.whole(
-                f"'{touching[0]}', which did not run on the example, may be among its layers"
-            )
-        groups.append(judged)
-    return replace(scan, groups=tuple(groups), read_elsewhere=frozenset(found.read_elsewhere))
-
-
-def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str, set[int]]:
-    """Mixing layers that run neither on the example nor in training, with their numbers of channels."""
-    called = set(called)
-    training = copy.deepcopy(trial).train()
-    for name, module in training.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    _why_not_training(training, inputs)  # what it raises is told of where groups are tried
-    layers = ((name, module) for name, module in trial.named_modules() if isinstance(module, Mixing))
-    return {name: set(layer_widths(module)) for name, module in layers if name not in called}
 
 
 def _random_copy(model: nn.Module, seed: int) -> nn.Module:
@@ -272,8 +233,8 @@ def _try_groups(
     difference = relative_difference(expected, found)
     if difference > EXACT:
         return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"
-    told = _why_not_training(trial, inputs) if training else None
-    if told is not None and _why_not_training(copy.deepcopy(model), inputs) is None:
+    told = why_not_training(trial, inputs) if training else None
+    if told is not None and why_not_training(copy.deepcopy(model), inputs) is None:
         return f"without some of its channels the network can't train: {told}"
     return None
 
@@ -313,13 +274,3 @@ def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[Mixing, Tensor]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
-    """What running it in training mode raises, where other layers may be called: auxiliary heads."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            call(model.train(), inputs)
-    except TRACE_ERRORS as error:
-        return f"{type(error).__name__}: {error}"
-    return None

@@ -1,0 +1,47 @@
+"""What users mistake for a loader, a network or a folder is named before it costs them a fit."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.errors import ConvertError, DataError, ExportError
+from vbdcompress.pipeline import compress
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def digits() -> tuple[nn.Module, Batches]:
+    """A network and batches of random images for it."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    return model, [(torch.rand(8, 1, 8, 8), torch.arange(8)) for _ in range(4)]
+
+
+def test_inputs_of_another_size_are_named_by_their_part():
+    model, batches = digits()
+    other = [(torch.rand(8, 1, 9, 9), targets) for _, targets in batches]
+    for part in ("validation", "test"):
+        given = {"validation": batches, "test": batches} | {part: other}
+        with pytest.raises(DataError, match=rf"{part} loader: yields inputs of \(8, 1, 9, 9\), on which"):
+            compress(model, batches, **given, epochs=1)
+
+
+def test_a_data_set_is_no_loader():
+    model, batches = digits()
+    examples = torch.utils.data.TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
+    with pytest.raises(DataError, match=r"(?s)yields single examples.*DataLoader\(dataset"):
+        compress(model, examples, validation=batches)
+
+
+def test_a_network_without_parameters_is_refused():
+    _, batches = digits()
+    with pytest.raises(ConvertError, match="it has no parameters"):
+        compress(nn.Flatten(), batches, validation=batches)
+
+
+def test_a_file_is_no_folder_to_export_to(tmp_path):
+    model, batches = digits()
+    (tmp_path / "mine").write_text("mine")
+    with pytest.warns(UserWarning, match="no test set"):
+        found = compress(model, batches, validation=batches, epochs=0, finetune_epochs=0)
+    with pytest.raises(ExportError, match="is a file; allowed is a folder"):
+        found.export(tmp_path / "mine")
