@@ -33,6 +33,11 @@ _STEPS = {
 }
 # or they end it; seen where the network's code says so: autograd itself detaches what it keeps
 _ENDS = {torch.detach, torch.Tensor.detach, torch.Tensor.detach_, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+# Take no more than the shape, type and place of what they are given
+_FORMS = {
+    *(_aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty, _aten.new_empty_strided),
+    *(_aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.empty_like),
+}
 # With them a network's code can look at values, and go one way or another
 _LOOKS = {
     *(_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.masked_select),
@@ -179,8 +184,8 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return leave
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
+        kwargs, packet = kwargs or {}, func._overloadpacket
+        given = [] if packet in _FORMS else _tensors((args, kwargs))
         names = self.of(given)
         for tensor in given:
             owner = self.weights.get(_number(tensor))
@@ -189,7 +194,6 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if not names:
             return result
-        packet = func._overloadpacket
         if packet in _LOOKS:
             self.found.branches = True
         blind = packet in _STEPS or not torch.is_grad_enabled()
