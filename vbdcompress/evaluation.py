@@ -47,10 +47,13 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None
     Args:
         dtype: of floating point tensors; None leaves them as they are.
     """
-    return map_tensors(
-        value,
-        lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True),
-    )
+    waits = device.type == "cpu"  # where numbers may be read before a copy that nobody waits for is there
+
+    def move(tensor: Tensor) -> Tensor:
+        kind = dtype if tensor.is_floating_point() else None
+        return tensor.to(device, kind, non_blocking=not waits)
+
+    return map_tensors(value, move)
 
 
 def device_of(model: nn.Module) -> torch.device:
