@@ -58,3 +58,28 @@ def test_a_network_that_views_its_features_is_compressed(mode: str) -> None:
     options = {"epochs": 1, "finetune_epochs": 1, "device": "cpu", "mode": mode}
     result = compress(Flat("view"), batches, validation=batches, test=batches, **options)
     assert result.model(batches[0][0]).shape == (20, 4)
+
+
+class Scaled(Flat):
+    """Takes a number beside its images, and counts its training steps in a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__("reshape")
+        self.steps = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: Tensor, by: Tensor | None = None) -> Tensor:
+        """[batch, 3, 6, 6] -> [batch, 4]."""
+        if self.training:
+            self.steps += 1
+        return super().forward(x if by is None else x * by)
+
+
+def test_the_trial_leaves_no_trace_and_no_number_stops_it() -> None:
+    model = Scaled()
+    lay_out_fast_(model, torch.randn(5, 3, 6, 6))
+    assert lies_last(model)
+    assert model.steps == 0
+    lay_out_fast_(
+        model, (torch.randn(5, 3, 6, 6), torch.tensor(2.0))
+    )  # of which no two examples can be taken
+    assert not lies_last(model)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vbdcompress.errors import ConvertError, DataError, ExportError
 from vbdcompress.pipeline import compress
+from vbdcompress.records import EpochRow
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -45,3 +46,26 @@ def test_a_file_is_no_folder_to_export_to(tmp_path):
         found = compress(model, batches, validation=batches, epochs=0, finetune_epochs=0)
     with pytest.raises(ExportError, match="is a file; allowed is a folder"):
         found.export(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_label_of_no_class_is_found_in_any_batch_before_the_fit(part: str, label: int) -> None:
+    model, batches = digits()
+    wrong = [*batches[:3], (batches[3][0], torch.tensor([0, 1, label, 3, 4, 5, 6, 7]))]
+    given = {"validation": batches, "test": batches} | {part: wrong}
+    with pytest.raises(DataError, match=rf"{part} loader: 1 of 32 labels are of no class.*0 to 9"):
+        compress(model, batches, **given, epochs=1, listener=Untold())
+
+
+class Untold:
+    """A listener that nothing may be told."""
+
+    def on_start(self, title: str, epochs: int) -> None:
+        pytest.fail("the fit began")
+
+    def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
+        """Not reached."""
+
+    def on_epoch(self, row: EpochRow, epochs: int) -> None:
+        """Not reached."""

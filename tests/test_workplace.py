@@ -7,7 +7,7 @@ from torch import nn
 from vbdcompress.config import make_config
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import FitError
-from vbdcompress.workplace import OUTPUTS, Workplace, identify_run
+from vbdcompress.workplace import LATER, OUTPUTS, Workplace, identify_run
 
 ALL = ["1-channels", "2-weights", "finetune"]
 FIRST = {"mode": "channels", "epochs": 3}
@@ -120,3 +120,17 @@ def test_a_set_is_told_from_another_of_its_size():
     assert TensorBatches(inputs.clone(), labels.clone(), 20, shuffle=True, seed=3).digest() == digest
     assert TensorBatches(inputs, labels.roll(1), 10).digest() != digest
     assert TensorBatches(inputs + 1, labels, 10).digest() != digest
+
+
+def test_a_run_of_before_these_were_noted_goes_on(tmp_path):
+    identity = identity_of()
+    Workplace(tmp_path).claim({key: value for key, value in identity.items() if key not in LATER})
+    Workplace(tmp_path, resume=True).claim(identity)
+    numbers = identity_of(lambda x: torch.complex(x, x))[OUTPUTS]
+    assert len(numbers) == 8
+
+
+def test_low_precision_data_are_told_apart_too():
+    low = torch.rand(20, 3, dtype=torch.bfloat16)
+    digests = {TensorBatches(inputs, torch.arange(20), 5).digest() for inputs in (low, low + 1)}
+    assert len(digests) == 2

@@ -1,10 +1,9 @@
 """Parameters, nonzeros, multiply-accumulates and bytes of a network."""
 
 import copy
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,14 +85,16 @@ def _count_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
 @contextmanager
 def _in_the_open(model: nn.Module) -> Iterator[None]:
     """In eval mode, without the libraries that run an LSTM as one operation, whose MACs nobody counts."""
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # torch's flag of oneDNN looks for a GPU of Intel's
-        for library in (torch.backends.mkldnn, torch.backends.cudnn):
-            stack.enter_context(library.flags(enabled=False))
-        stack.enter_context(in_eval_mode(model))
-        stack.enter_context(torch.no_grad())
-        yield
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        with in_eval_mode(model), torch.no_grad():
+            yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled
 
 
 class _ByModule:

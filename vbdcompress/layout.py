@@ -35,23 +35,25 @@ def lay_out_fast_(model: nn.Module, inputs: Inputs) -> None:
         inputs: some of what the network takes.
     """
     lay_out_(model, torch.channels_last)
-    given = to_device(first(inputs, 2), device_of(model))
     try:
+        given = to_device(first(inputs, 2), device_of(model))
         with torch.no_grad(), in_eval_mode(model):
             call(model, given)
             model.train()  # auxiliary heads run then only; a step of norms must leave no trace
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            call(_Stateless(model, buffers), given)
+            frozen = ((name, each) for name, each in model.named_parameters() if not each.requires_grad)
+            kept: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            kept |= {name: nn.Parameter(each.clone(), requires_grad=False) for name, each in frozen}
+            call(_Stateless(model, kept), given)
     except TRACE_ERRORS:  # of the order, or of what the fit is going to meet and tell of
         lay_out_(model, torch.contiguous_format)
 
 
 class _Stateless(nn.Module):
-    """The network on buffers of its own."""
+    """The network on buffers, and on frozen parameters, of its own: code may write to them."""
 
-    def __init__(self, model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, given: dict[str, Tensor]) -> None:
         super().__init__()
-        self.model, self.given = model, buffers
+        self.model, self.given = model, given
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the network's."""

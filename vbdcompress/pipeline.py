@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -34,6 +34,7 @@ from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
 from vbdcompress.sources import (
     Sources,
+    check_classes,
     check_labels,
     check_logits,
     first_batch,
@@ -162,10 +163,9 @@ def _run_stages(
     if fabric.is_global_zero:
         record, spec = sources.record, sources.input
         held = [each for each in (sources.train, sources.validation) if isinstance(each, TensorBatches)]
-        told = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
-        data = (*told, [each.digest() for each in held])
-        loss = None if judge.loss is cross_entropy else judge.loss
-        workplace.claim(identify_run(original, data, config, samples, loss))
+        data = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
+        loss, digests = None if judge.loss is cross_entropy else judge.loss, [each.digest() for each in held]
+        workplace.claim(identify_run(original, data, config, samples, loss, digests))
     wait_for_all(fabric)
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
@@ -248,9 +248,18 @@ def _check(
             check_labels(output, target, sources, judge.metric)
     if by_label and config.distill_share < 1:
         try_loss(model, sources.train, judge.loss)
-    try_metric(model, sources.validation, "validation", judge.metric)
-    if sources.test is not None:
-        try_metric(model, sources.test, "test", judge.metric)
+    _check_measured(model, sources, judge, outputs)
+
+
+def _check_measured(
+    model: nn.Module, sources: Sources, judge: Judge, outputs: Sequence[torch.Tensor]
+) -> None:
+    """Raise what measuring validation and test data would."""
+    for part, batches in (("validation", sources.validation), ("test", sources.test)):
+        if batches is not None:
+            try_metric(model, batches, part, judge.metric)
+    if judge.metric is top1_error:
+        check_classes(sources, outputs[0].shape[1])
 
 
 def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:

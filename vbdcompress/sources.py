@@ -130,6 +130,30 @@ def try_metric(model: nn.Module, batches: Iterable[Any], part: str, metric: Metr
     _try_on(model, batches, part, metric, check)
 
 
+def check_classes(sources: Sources, classes: int) -> None:
+    """Raise DataError for labels of no class in any batch that is measured: each would count as an error.
+
+    Args:
+        classes: that the network knows.
+    """
+    for part, batches in (("validation", sources.validation), ("test", sources.test)):
+        if batches is None:
+            continue
+        targets = (
+            [batches.labels] if isinstance(batches, TensorBatches) else (target for _, target in batches)
+        )
+        unknown = count = 0
+        for target in targets:
+            unknown += int(((target < 0) | (target >= classes)).sum())
+            count += target.numel()
+        if unknown:
+            raise DataError(
+                f"the {part} loader",
+                f"{unknown} of {count} labels are of no class: the network knows 0 to {classes - 1}.",
+                "Examples without a class: leave them out, or pass a metric of your own.",
+            )
+
+
 def _try_on(
     model: nn.Module,
     batches: Iterable[Any],

@@ -35,6 +35,8 @@ FINETUNING = {"finetune_epochs", "lr_finetune"}
 WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
 # The network's on made-up inputs: so many of each, the same to so much of the largest
 OUTPUTS, SHOWN, OUTPUTS_TOLERANCE = "outputs", 16, 1e-3
+# What runs did not note that began before it was asked for
+LATER = {"loss", "digests", OUTPUTS}
 
 
 def identify_run(
@@ -43,14 +45,15 @@ def identify_run(
     config: RunConfig,
     samples: Inputs,
     loss: Callable[..., Any] | None = None,
+    digests: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What makes a run this run: its network, its data and its options but for the machine's.
 
     Args:
-        data: name, number of training and of validation examples, mean and deviation of the inputs, and
-            what else tells one set from another.
+        data: name, number of training and of validation examples, mean and deviation of the inputs.
         samples: some inputs, for the shape of one.
         loss: by its name; None where it is cross entropy.
+        digests: of the data that are in memory.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -61,6 +64,7 @@ def identify_run(
         "network": digest.hexdigest()[:16],
         "data": [*data, list(example_shape(samples))],
         "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        "digests": list(digests),
         OUTPUTS: _outputs_of(model, samples),
         **options,
     }
@@ -82,7 +86,8 @@ def _outputs_of(model: nn.Module, samples: Inputs) -> list[float | None] | None:
             outputs = flatten_output(call(model, map_tensors(first(samples, 2), made_up)))
     except TRACE_ERRORS:
         return None
-    numbers = [number for output in outputs for number in output.flatten()[:SHOWN].tolist()]
+    real = [torch.view_as_real(output) if output.is_complex() else output for output in outputs]
+    numbers = [number for output in real for number in output.flatten()[:SHOWN].tolist()]
     return [float(number) if math.isfinite(number) else None for number in numbers]
 
 
@@ -124,7 +129,8 @@ class Workplace:
         path = self.folder / IDENTITY_FILE
         if self.resume and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            differing = sorted(key for key in identity if not _same(key, identity[key], before.get(key)))
+            told = {key: value for key, value in identity.items() if key in before or key not in LATER}
+            differing = sorted(key for key, value in told.items() if not _same(key, value, before.get(key)))
             fatal = [key for key in differing if key not in CUT | FINETUNING | WRITING]
             if fatal:
                 changes = ", ".join(_change(key, before.get(key), identity[key]) for key in fatal)

@@ -72,6 +72,16 @@ def test_macs_of_recurrent_layers_are_those_of_their_steps(
     assert count_macs(tmp_path / "cells.onnx", {}) == by_hand
 
 
+def test_macs_of_a_fixed_batch_are_of_one_example(tmp_path: Path) -> None:
+    model = Mixed()
+    export_onnx(model, tmp_path / "any.onnx", torch.randn(2, 3, 8, 8))
+    proto = onnx.load(tmp_path / "any.onnx")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    del proto.graph.value_info[:]
+    onnx.save(proto, tmp_path / "fixed.onnx")
+    assert count_macs(tmp_path / "fixed.onnx", {}) == measure_size(model, torch.randn(2, 3, 8, 8)).macs
+
+
 def test_bench_measures_every_file_in_every_setting(files: tuple[Path, Path]) -> None:
     rows = bench(files, batch_sizes=(1, 3), threads=(1, 2), seconds=0.01)
     for row, path in zip(rows, files, strict=True):

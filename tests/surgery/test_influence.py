@@ -169,6 +169,28 @@ def test_what_an_idle_layer_may_read_or_write_stays_whole() -> None:
     assert whole["last.1"] is None  # of another width
 
 
+class Guarded(nn.Module):
+    """Looks at values, and holds a layer of no use to anybody."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.a, self.b, self.old_head, self.at = nn.Linear(5, 16), nn.Linear(16, 4), nn.Linear(16, 9), at
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 5] -> [batch, 4]."""
+        assert self.at != "start" or not bool(x.isnan().any())
+        y: Tensor = self.b(torch.relu(self.a(x)))
+        assert self.at != "end" or not bool(y.isnan().any())
+        return y
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_a_guard_and_a_layer_that_is_left_over_keep_nothing_whole(at: str) -> None:
+    (group, _) = find_groups(Guarded(at), torch.randn(2, 5)).groups
+    assert group.whole_because is None
+    assert group.foldable == (at == "end")  # behind the last layer, a look decides none's input
+
+
 def test_readers_name_what_their_input_was_made_of() -> None:
     model = TwoLayers(masked_sum).eval()
     found = find_influences(model, torch.randn(2, 6, 5))

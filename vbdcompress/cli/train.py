@@ -193,8 +193,8 @@ def _claim(
     spec = dataset.input
     parts = (dataset.train, dataset.validation)
     digests = [dataset.train_batches(1, seed=0).digest(), dataset.validation_batches().digest()]
-    data = (order.data_name, *map(len, parts), list(spec.mean), list(spec.std), digests)
-    workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1]))
+    data = (order.data_name, *map(len, parts), list(spec.mean), list(spec.std))
+    workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1], digests=digests))
 
 
 def _write(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunConfig") -> str:

@@ -66,7 +66,7 @@ class TensorBatches:
         some = self.inputs[:: max(1, len(self.inputs) // DIGESTED)]
         found = hashlib.sha256()
         for tensor in (self.labels, some):
-            found.update(tensor.cpu().contiguous().numpy().tobytes())
+            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
 
     def set_epoch(self, epoch: int) -> None:

@@ -182,9 +182,10 @@ def count_macs(path: Path, dims: Mapping[str, int]) -> int:
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
         found = open_session(proto.SerializeToString()).run(asked, feeds)
         shapes |= {name: list(value.shape) for name, value in zip(asked, found, strict=True)}
-    return sum(
-        _macs(node, [shapes.get(name, []) for name in (*node.input, node.output[0])]) for node in nodes
-    )
+    shaped = ([shapes.get(name, []) for name in (*node.input, node.output[0])] for node in nodes)
+    total = sum(_macs(node, found) for node, found in zip(nodes, shaped, strict=True))
+    batch = next((value.shape[0] for value in feeds.values() if value.ndim), 1)  # 1 unless it is fixed
+    return total // batch
 
 
 _RECURRENT = ("LSTM", "GRU", "RNN")

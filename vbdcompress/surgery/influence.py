@@ -6,6 +6,7 @@ were made of, one set for a tensor, so that nothing is overlooked.
 """
 
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -106,14 +107,24 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
 
 
 def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str, set[int]]:
-    """Mixing layers that run neither on the example nor in training, with their numbers of channels."""
+    """Experts that run neither on the example nor in training, with their numbers of channels."""
     called = set(called)
     training = copy.deepcopy(trial).train()
     for name, module in training.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     why_not_training(training, inputs)  # what it raises is told of where groups are tried
-    layers = ((name, module) for name, module in trial.named_modules() if isinstance(module, Mixing))
-    return {name: set(layer_widths(module)) for name, module in layers if name not in called}
+    layers = {name: module for name, module in trial.named_modules() if isinstance(module, Mixing)}
+    # but for its number in a list called like one that ran; others are of no use to anybody
+    kinds = {_kind(name) for name in called if name in layers}
+    return {
+        name: set(layer_widths(module))
+        for name, module in layers.items()
+        if name not in called and _kind(name) in kinds
+    }
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
@@ -135,6 +146,7 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.names: dict[int, set[str]] = {}
         self.alive: list[StorageWeakRef] = []  # whose numbers are not given to others
         self.running: list[str] = []
+        self.looked = False
         self.weights: dict[int, str] = {}
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
@@ -171,6 +183,7 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.running.append(name)
             if is_mixing(module):
                 self.found.called.add(name)
+                self.found.branches |= self.looked  # a look behind the last layer changes none's input
                 self.found.readers.setdefault(name, set()).update(self.of(_tensors((args, kwargs))))
 
         return enter
@@ -194,8 +207,7 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if not names:
             return result
-        if packet in _LOOKS:
-            self.found.branches = True
+        self.looked |= packet in _LOOKS
         blind = packet in _STEPS or not torch.is_grad_enabled()
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
         for tensor in [*_tensors(result), *written]:
