@@ -167,8 +167,7 @@ class RunConfig(FitConfig):
     pack: bool | None = Field(
         None,
         description="Store weights in model.onnx as gaps and codes that standard operators turn into weights "
-        "when a session is made; without it in weights mode, and where bits are not 32. Unpacked, weights of "
-        "fewer bits take 32 in the file.",
+        "when a session is made; without it in weights mode, and where bits are not 32.",
     )
     embed_preprocessing: bool = Field(
         False, description="Let model.onnx normalise by itself: it takes pixels, uint8 from 0 to 255."
@@ -268,11 +267,9 @@ class RunConfig(FitConfig):
     @classmethod
     def _is_limit(cls, value: Any) -> Any:
         whole = isinstance(value, int | str) and not isinstance(value, bool)
-        if value is None or (whole and re.fullmatch(r"\d+(\.\d+)?\s*%|\d+", str(value))):
-            if str(value).endswith("%") and float(str(value).rstrip("% ")) > 100:
-                raise ValueError("is a share of the original: at most 100%")
+        if value is None or (whole and re.fullmatch(r"(\d{1,2}(\.\d+)?|100)\s*%|\d+", str(value))):
             return value
-        raise ValueError("is neither a whole number nor a share such as '10%'")
+        raise ValueError("is neither a whole number nor a share, at most 100%, such as '10%'")
 
 
 def make_config(values: Mapping[str, Any], where: str = "configuration") -> RunConfig:
