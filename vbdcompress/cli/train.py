@@ -191,9 +191,9 @@ def _claim(
         shutil.rmtree(state)
     state.mkdir(parents=True, exist_ok=True)
     spec = dataset.input
-    parts = (dataset.train, dataset.validation)
-    digests = [dataset.train_batches(1, seed=0).digest(), dataset.validation_batches().digest()]
-    data = (order.data_name, *map(len, parts), list(spec.mean), list(spec.std))
+    parts = (dataset.train_batches(1, seed=0), dataset.validation_batches())
+    digests = [part.digest() for part in parts]
+    data = (order.data_name, *(part.num_examples for part in parts), list(spec.mean), list(spec.std))
     workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1], digests=digests))
 
 

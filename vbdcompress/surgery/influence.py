@@ -51,16 +51,15 @@ class Influences:
     """What one forward pass showed.
 
     Attributes:
-        readers: mixing layer -> the layers that its input was computed from, INPUT and DECISION among them.
+        readers: mixing layer that ran -> the layers that its input was computed from, INPUT and DECISION
+            among them.
         read_elsewhere: layers whose weight is used outside of their own call.
         branches: whether the network's code looked at values, so that other inputs may go another way.
-        called: mixing layers that ran.
     """
 
     readers: dict[str, set[str]] = field(default_factory=dict)
     read_elsewhere: set[str] = field(default_factory=set)
     branches: bool = False
-    called: set[str] = field(default_factory=set)
 
 
 def find_influences(model: nn.Module, inputs: Inputs) -> Influences:
@@ -91,7 +90,7 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
     for group in scan.groups:
         for member in group.readers:
             writers.setdefault(member.layer, set()).update(writer.layer for writer in group.writers)
-    idle = _idle_layers(trial, inputs, found.called) if found.branches else {}
+    idle = _idle_layers(trial, inputs, set(found.readers)) if found.branches else {}
     groups = []
     for group in scan.groups:
         decided = (found.readers.get(m.layer, {INPUT}) <= writers[m.layer] for m in group.readers)
@@ -108,7 +107,6 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
 
 def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str, set[int]]:
     """Experts that run neither on the example nor in training, with their numbers of channels."""
-    called = set(called)
     training = copy.deepcopy(trial).train()
     for name, module in training.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -182,7 +180,6 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             self.running.append(name)
             if is_mixing(module):
-                self.found.called.add(name)
                 self.found.branches |= self.looked  # a look behind the last layer changes none's input
                 self.found.readers.setdefault(name, set()).update(self.of(_tensors((args, kwargs))))
 
