@@ -31,6 +31,20 @@ def bare_parameter() -> nn.Module:
     return model
 
 
+def faint_beside_strong() -> nn.Module:
+    """A scale whose effect on one pixel is as small as rounding errors let it be seen."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu() * m.scale
+        strength = x.new_ones(8, 8)
+        strength[0, 0] = 1e-8
+        return m.head(pool(m.b((1000 + strength) * y - 1000 * y).relu()))
+
+    model = Pattern(forward, a=conv(3, 6), b=conv(6, 5), head=nn.Linear(5, 4))
+    model.scale = nn.Parameter(torch.rand(1, 6, 1, 1))
+    return model
+
+
 def bare_matrix() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = torch.einsum("nchw,dc->ndhw", m.a(x).relu(), m.matrix)
@@ -127,6 +141,7 @@ def buffer_of_numbers() -> nn.Module:
 CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (scale_of_two, {"a": 7, "b": 5, "c": 6}),
     (bare_parameter, {"a": 6, "b": 5}),
+    (faint_beside_strong, {"a": 6, "b": 5}),
     (lists_of_parameters, {"a": 6, "b": 5}),
     (buffers_by_channel, {"a": 6, "b": 5}),
     (norm_of_its_own, {"a": 6, "b": 5}),

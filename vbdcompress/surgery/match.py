@@ -13,7 +13,9 @@ Side = Literal["writes", "reads", "holds"]
 Place = tuple[Side, str, int]
 # A derivative below this share of the largest is none, in float64
 NONE = 1e-9
+# What tells channels apart must exceed this share of a derivative, and rounding errors of the largest
 RELATIVE = 1e-6
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,9 @@ def _match_single(
     number = (numbered / safe).gather(1, strongest)
     nearest = number.round().clamp(1, count)
     channel = nearest.long() - 1
-    of_one = (numbered - nearest * plain).abs() <= RELATIVE * count * plain.abs()
-    of_one &= (marked - marks[channel] * plain).abs() <= RELATIVE * plain.abs()
+    allowed = RELATIVE * plain.abs() + ROUNDING * largest
+    of_one = (numbered - nearest * plain).abs() <= count * allowed
+    of_one &= (marked - marks[channel] * plain).abs() <= allowed
     depends = present.any(1) | (numbered.abs() > NONE * count * largest).any(1)
     single = (of_one | ~present).all(1) & present.any(1)
     places = [flow.source.place(number) for flow in flows for number in range(flow.source.count)]
