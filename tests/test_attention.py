@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from vbdcompress import compress
 from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention_
 from vbdcompress.conversion import convert
 from vbdcompress.errors import ConvertError
+from vbdcompress.exporting.onnx_file import TOLERANCE, export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
@@ -68,13 +70,32 @@ def test_head_attention_takes_one_example_without_a_batch() -> None:
     assert_equal(HeadAttention(original)(x, x, x)[0], original(x, x, x)[0])
 
 
-@pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
-@pytest.mark.parametrize("shift", [[0, 0], [2, 2], [2, 0]], ids=str)
-@pytest.mark.parametrize("size", [(8, 8), (9, 14), (4, 12)], ids=str)
+# Attention, size of its windows, their shifts, and sizes of inputs: whole windows, padded, smaller than one
+WINDOWS: list[tuple[Any, list[int], list[list[int]], list[tuple[int, ...]]]] = [
+    (kind, [4, 4], [[0, 0], [2, 2], [2, 0]], [(8, 8), (9, 14), (4, 12), (3, 9)])
+    for kind in (ShiftedWindowAttention, ShiftedWindowAttentionV2)
+]
+WINDOWS.append(
+    (
+        ShiftedWindowAttention3d,
+        [2, 4, 3],
+        [[0, 0, 0], [1, 2, 1], [0, 2, 1]],
+        [(4, 8, 6), (5, 9, 7), (1, 12, 6), (3, 2, 5), (2, 3, 1)],
+    )
+)
+CASES = [
+    (kind, window, shift, size)
+    for kind, window, shifts, sizes in WINDOWS
+    for shift in shifts
+    for size in sizes
+]
+
+
+@pytest.mark.parametrize(("kind", "window", "shift", "size"), CASES, ids=str)
 def test_head_window_attention_equals_torchvisions(
-    kind: Any, shift: list[int], size: tuple[int, int]
+    kind: Any, window: list[int], shift: list[int], size: tuple[int, ...]
 ) -> None:
-    original = randomised(kind(12, [4, 4], shift, 3))
+    original = randomised(kind(12, window, shift, 3))
     opened = nn.Sequential(original)
     x = torch.randn(2, *size, 12, dtype=torch.float64)
     expected = original(x)
@@ -82,6 +103,37 @@ def test_head_window_attention_equals_torchvisions(
     assert isinstance(opened[0], HeadWindowAttention)
     assert_equal(opened[0](x), expected)
     assert list(opened[0].state_dict()) == list(original.state_dict())
+
+
+class WindowsOfVideos(nn.Module):
+    """Attention in shifted windows of a video between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 12), nn.Linear(12, 4)
+        self.attention = ShiftedWindowAttention3d(12, [2, 4, 4], [1, 2, 2], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, height, width, 3] -> [batch, 4]."""
+        logits: Tensor = self.head(self.attention(self.stem(x)).relu().mean((1, 2, 3)))
+        return logits
+
+
+def test_windows_of_videos_lose_heads_and_export(tmp_path: Path) -> None:
+    model, x = randomised(WindowsOfVideos()), torch.randn(2, 3, 6, 4, 3, dtype=torch.float64)
+    converted = convert(model, x)
+    sizes = {group.name: group.size for group in converted.scan.removable}
+    assert sizes == {"stem": 12, "attention.qkv": 4, "attention.proj": 12}
+    for posterior in find_posteriors(converted.model):
+        posterior.log_sigma2.data[1] = 60.0
+    slimmed = slim(converted, 50.0)
+    assert slimmed.model.attention.qkv.out_features == 27
+    set_threshold_(converted.model, 50.0)
+    other = torch.randn(5, 3, 6, 4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert_equal(slimmed.model(other), converted.model.eval()(other))
+    check = export_onnx(slimmed.model.float(), tmp_path / "model.onnx", x.float(), batch_sizes=(1, 5))
+    assert check.max_difference <= TOLERANCE
 
 
 def test_attention_with_extras_is_left() -> None:

@@ -6,7 +6,7 @@ output are Linear layers that are called, and a head's size stays when other hea
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class HeadAttention(nn.Module):
 
 
 class HeadWindowAttention(nn.Module):
-    """torchvision's shifted windows (Swin, both versions), the same function, its layers called.
+    """torchvision's shifted windows (Swin, both versions, of videos too), its layers called.
 
     Takes the original's layers, table and buffers under their own names.
     """
@@ -114,6 +114,8 @@ class HeadWindowAttention(nn.Module):
         self.attention_dropout, self.dropout = original.attention_dropout, original.dropout
         self.head_dim = original.qkv.in_features // original.num_heads
         self.is_cosine = type(original).__name__.endswith("V2")
+        # A window larger than its input shrinks in a video; around an image the input is padded
+        self.shrinks = type(original).__name__.endswith("3d")
         self._parameters |= original._parameters
         self._buffers |= original._buffers
         self._modules |= original._modules
@@ -124,18 +126,19 @@ class HeadWindowAttention(nn.Module):
         self.train(original.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, height, width, channels] to the same."""
-        _, height, width, _ = x.shape
-        rows, columns = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        batch, padded_height, padded_width, _ = x.shape
-        sizes = (padded_height, padded_width)
-        shifts = [
-            0 if w >= size else s for w, s, size in zip(self.window_size, self.shift_size, sizes, strict=True)
-        ]
+        """[batch, *sizes, channels] to the same; sizes: (height, width), of videos (time, height, width)."""
+        sizes = x.shape[1:-1]
+        whole = [size <= window for size, window in zip(sizes, self.window_size, strict=True)]
+        shifts = [0 if one else shift for one, shift in zip(whole, self.shift_size, strict=True)]
+        window = self.window_size
+        if self.shrinks:
+            window = [size if one else each for one, size, each in zip(whole, sizes, window, strict=True)]
+        rest = [-size % each for size, each in zip(sizes, window, strict=True)]
+        x = F.pad(x, (0, 0, *(pad for each in reversed(rest) for pad in (0, each))))
+        shape, dims = x.shape, tuple(range(1, 1 + len(sizes)))
         if any(shifts):
-            x = torch.roll(x, (-shifts[0], -shifts[1]), (1, 2))
-        windows = _to_windows(x, rows, columns)
+            x = torch.roll(x, [-shift for shift in shifts], dims)
+        windows = _to_windows(x, window)
         qkv = self.qkv(windows).view(*windows.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         if self.is_cosine:
@@ -143,46 +146,56 @@ class HeadWindowAttention(nn.Module):
             scores = scores * self.logit_scale.clamp(max=math.log(100.0)).exp()
         else:
             scores = q * self.head_dim**-0.5 @ k.transpose(-2, -1)
-        scores = scores + self._bias()
+        scores = scores + self._bias(math.prod(window))
         if any(shifts):
-            mask = _shift_mask(x, rows, columns, shifts)
-            of_image = scores.view(batch, -1, *scores.shape[1:])
-            scores = (of_image + mask[:, None]).flatten(0, 1)
+            mask = _shift_mask(x, window, shifts)
+            of_input = scores.view(shape[0], -1, *scores.shape[1:])
+            scores = (of_input + mask[:, None]).flatten(0, 1)
         weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         y = self.proj((weights @ v).transpose(1, 2).flatten(2))
-        y = F.dropout(y, self.dropout, self.training)
-        y = y.view(batch, padded_height // rows, padded_width // columns, rows, columns, -1)
-        y = y.transpose(2, 3).reshape(batch, padded_height, padded_width, -1)
+        y = _from_windows(F.dropout(y, self.dropout, self.training), shape[:-1], window)
         if any(shifts):
-            y = torch.roll(y, (shifts[0], shifts[1]), (1, 2))
-        return y[:, :height, :width].contiguous()
+            y = torch.roll(y, shifts, dims)
+        return y[(slice(None), *(slice(size) for size in sizes))].contiguous()
 
-    def _bias(self) -> Tensor:
+    def _bias(self, positions: int) -> Tensor:
         """[heads, positions, positions]: added to the scores of each window."""
-        positions = self.window_size[0] * self.window_size[1]
+        index = self.relative_position_index
         if self.is_cosine:
             table: Tensor = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         else:
             table = self.relative_position_bias_table
-        bias = table[self.relative_position_index].view(positions, positions, -1).permute(2, 0, 1)
+        if self.shrinks:
+            index = index[:positions, :positions].flatten()
+        bias = table[index].view(positions, positions, -1).permute(2, 0, 1)
         return 16 * bias.sigmoid() if self.is_cosine else bias
 
 
-def _to_windows(x: Tensor, rows: int, columns: int) -> Tensor:
-    """[batch, height, width, channels] to [batch * windows, positions, channels]."""
-    batch, height, width, _ = x.shape
-    windows = x.reshape(batch, height // rows, rows, width // columns, columns, -1).transpose(2, 3)
-    return windows.flatten(0, 2).flatten(1, 2)
+def _to_windows(x: Tensor, window: Sequence[int]) -> Tensor:
+    """[batch, *sizes, channels] to [batch * windows, positions, channels]."""
+    count = len(window)
+    split = [part for size, each in zip(x.shape[1:-1], window, strict=True) for part in (size // each, each)]
+    x = x.reshape(x.shape[0], *split, x.shape[-1])
+    x = x.permute(0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2), 2 * count + 1)
+    return x.flatten(0, count).flatten(1, count)
 
 
-def _shift_mask(x: Tensor, rows: int, columns: int, shifts: list[int]) -> Tensor:
+def _from_windows(y: Tensor, shape: Sequence[int], window: Sequence[int]) -> Tensor:
+    """[batch * windows, positions, channels] to [*shape, channels], with shape [batch, *sizes]."""
+    count = len(window)
+    numbers = [size // each for size, each in zip(shape[1:], window, strict=True)]
+    y = y.view(shape[0], *numbers, *window, -1)
+    pairs = (place for dim in range(1, 1 + count) for place in (dim, dim + count))
+    return y.permute(0, *pairs, 2 * count + 1).reshape(*shape, -1)
+
+
+def _shift_mask(x: Tensor, window: Sequence[int], shifts: Sequence[int]) -> Tensor:
     """[windows, positions, positions]: -100 between positions that were no neighbours before the shift."""
-    marks = []
-    for size, window, shift in zip(x.shape[1:3], (rows, columns), shifts, strict=True):
+    regions = torch.zeros((), dtype=torch.long, device=x.device)
+    for size, each, shift in zip(x.shape[1:-1], window, shifts, strict=True):
         place = torch.arange(size, device=x.device)
-        marks.append((place >= size - window).long() + (place >= size - shift).long())
-    regions = marks[0][:, None] * 3 + marks[1]
-    of_window = _to_windows(regions[None, :, :, None], rows, columns).squeeze(-1)
+        regions = regions[..., None] * 3 + (place >= size - each).long() + (place >= size - shift).long()
+    of_window = _to_windows(regions[None, ..., None], window).squeeze(-1)
     apart = of_window[:, None] != of_window[:, :, None]
     return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, -100.0)
 
@@ -226,12 +239,18 @@ def open_attention_(model: nn.Module, names: Collection[str] | None = None) -> N
             module.use_nested_tensor = False  # its shortcut reads the weights past the layers
 
 
+# By name: torchvision's models need not be imported for networks without them
+_WINDOWS = (
+    "torchvision.models.swin_transformer.ShiftedWindowAttention",
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention",
+)
+
+
 def _open(module: nn.Module) -> nn.Module | None:
-    # by name: torchvision's models need not be imported for networks without them
     known = f"{type(module).__module__}.{type(module).__name__}"
     if isinstance(module, nn.MultiheadAttention) and type(module) is nn.MultiheadAttention:
         plain = module.bias_k is None and not module.add_zero_attn
         return HeadAttention(module) if plain else None
-    if known.startswith("torchvision.models.swin_transformer.ShiftedWindowAttention"):
+    if known.startswith(_WINDOWS):
         return HeadWindowAttention(module)
     return None

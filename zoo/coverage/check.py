@@ -37,7 +37,7 @@ def check(network: Network, mode: Any) -> dict[str, Any]:
     """
     model = network.build()
     randomise_(model)
-    example = torch.randn(2, 3, network.size, network.size)
+    example = network.example()
     row: dict[str, Any] = {"network": network.name, "mode": mode, "size": network.size}
     started = time.perf_counter()
     try:
@@ -54,7 +54,7 @@ def check(network: Network, mode: Any) -> dict[str, Any]:
         slimmed = slim(converted, THRESHOLD)
         row["slim_seconds"] = round(time.perf_counter() - started, 1)
         set_threshold_(converted.model, THRESHOLD)
-        other = torch.randn(3, 3, network.size, network.size, dtype=torch.float64)
+        other = network.example(3).double()
         row["difference"] = _difference(converted.model.eval(), slimmed.model, other)
         after = measure_size(slimmed.model, example.double())
         row["parameters_left"], row["macs_left"] = after.parameters, after.macs
@@ -140,9 +140,9 @@ def check_torch_pruning(network: Network) -> dict[str, Any]:
     """torch-pruning alone: its magnitude pruner takes 30 % of all channels but the classifier's."""
     model = network.build()
     randomise_(model)
-    example = torch.randn(2, 3, network.size, network.size)
+    example = network.example()
     before = measure_size(model, example)
-    last = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    last = [module for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)][-1]
     started = time.perf_counter()
     row: dict[str, Any] = {"network": network.name, "mode": "torch-pruning"}
     try:

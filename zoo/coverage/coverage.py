@@ -61,7 +61,7 @@ def _start(name: str, mode: str) -> str:
     if ended.returncode < 0:
         return f"killed by signal {-ended.returncode}, as a rule for want of memory"
     told = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
-    if ended.returncode and "can't allocate memory" in told[0]:
+    if ended.returncode and ("allocate memory" in told[0] or told[0].startswith("MemoryError")):
         return f"needs more than the {_allowed(mode) >> 30} GB of memory that it may take here"
     return told[0] if ended.returncode else ""
 

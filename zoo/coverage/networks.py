@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,17 @@ class Network:
         name: "library:model".
         size: height and width of its input.
         options: of its builder.
+        frames: of its input; 0 for networks of images.
     """
 
     name: str
     size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
+    frames: int = 0
+
+    def example(self, batch: int = 2) -> Tensor:
+        """Random inputs, [batch, 3, size, size], of videos [batch, 3, frames, size, size]."""
+        return torch.randn(batch, 3, *([self.frames] if self.frames else []), self.size, self.size)
 
     def build(self) -> nn.Module:
         """The network with the weights that its library draws, in eval mode."""
@@ -60,6 +66,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "torchvision": _torchvision,
     "segmentation": _segmentation,
     "detection": _detection,
+    "video": _torchvision,
     "timm": _timm,
 }
 
@@ -83,7 +90,9 @@ convnext_atto mobilenetv3_small_050 efficientnet_lite0 resnetv2_50 swin_tiny_pat
 deit_tiny_patch16_224 mixer_s32_224 repvgg_a0 densenet121 regnetx_002 maxvit_rmlp_pico_rw_256
 edgenext_xx_small
 """.split()
-_SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}
+_VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"]
+_SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56, "s3d": 224}
+_FRAMES = dict.fromkeys(_VIDEO, 4) | {"s3d": 16}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
     "inception_v3": {"aux_logits": False, "init_weights": False},
@@ -102,10 +111,12 @@ NETWORKS = {
         ("torchvision", _TORCHVISION),
         ("segmentation", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"]),
         ("detection", ["resnet18_fpn"]),
+        ("video", _VIDEO),
         ("timm", _TIMM),
     )
     for network in (
-        Network(f"{library}:{name}", _SIZES.get(name, 64), _OPTIONS.get(name, {})) for name in names
+        Network(f"{library}:{name}", _SIZES.get(name, 64), _OPTIONS.get(name, {}), _FRAMES.get(name, 0))
+        for name in names
     )
 }
 
