@@ -65,7 +65,11 @@ LABELS = torch.arange(12) % 3
 def make_loader(kind: str) -> Any:
     if kind == "tensors":
         return TensorBatches(IMAGES, LABELS, 4, shuffle=True, augment="crop-flip", seed=2)
-    options = {"shuffle": True} if kind == "loader" else {"sampler": EpochSampler()}
+    options: dict[str, Any] = {"shuffle": True}
+    if kind == "sampler":
+        options = {"sampler": EpochSampler()}
+    elif kind == "generator":
+        options |= {"generator": torch.Generator().manual_seed(0)}
     return DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4, **options)
 
 
@@ -93,7 +97,7 @@ def timeless(rows: Any) -> list[EpochRow]:
     return [replace(row, seconds=0.0, examples_per_second=0.0) for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["tensors", "loader", "sampler"])
+@pytest.mark.parametrize("kind", ["tensors", "loader", "generator", "sampler"])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_fit_resumed_equals_an_unbroken_one(tmp_path: Path, convert: Convert, kind: str, stop: int) -> None:
     unbroken = run(make_model(convert), make_loader(kind), None)
@@ -228,17 +232,21 @@ class Interrupt:
         """Takes no notice."""
 
 
-@pytest.mark.parametrize("stop", [14, 29])  # in the second round, in fine-tuning
+@pytest.mark.parametrize(
+    ("stop", "own"), [(14, False), (29, False), (14, True)]
+)  # in the second round, in fine-tuning
 def test_a_resumed_run_takes_the_statistics_of_norms_from_the_same_examples(
-    tmp_path: Path, stop: int
+    tmp_path: Path, stop: int, own: bool
 ) -> None:
     torch.manual_seed(0)
     inputs, labels = torch.randn(2_100, 6), torch.randint(0, 3, (2_100,))
-    loader = DataLoader(TensorDataset(inputs, labels), batch_size=420, shuffle=True)
     stem = (nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU())
     network = nn.Sequential(*stem, nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
 
     def go(**options: Any) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(7) if own else None  # as a new process makes it
+        data = TensorDataset(inputs, labels)
+        loader = DataLoader(data, batch_size=420, shuffle=True, generator=generator)
         given = {"validation": loader, "test": loader, "mode": "both", "beta": 5.0, "device": "cpu"}
         epochs = {"epochs": 2, "finetune_epochs": 2, "warmup_epochs": 1}
         return compress(network, loader, **given, **epochs, **options).model.state_dict()

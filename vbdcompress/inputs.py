@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.errors import FitError
+
 # Tensor, a tuple or list of inputs, or a mapping from names to them
 Inputs = Any
 
@@ -52,6 +54,21 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def named_batch_of_one(where: str) -> Iterator[None]:
+    """Around a call in training mode. Raises FitError where batch norm was given a single value a channel."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):  # torch's batch norm
+            raise
+        raise FitError(
+            where,
+            f"batch norm can't train on a batch of one example: {error}",
+            "Leave a last batch of one out: DataLoader(..., drop_last=True)",
+        ) from error
+
+
 def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The same inputs with each tensor changed."""
     if isinstance(inputs, Tensor):
@@ -87,8 +104,8 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def first(inputs: Inputs, count: int) -> Inputs:
-    """The first examples."""
-    return map_tensors(inputs, lambda tensor: tensor[:count])
+    """The first examples; a number beside them as it is."""
+    return map_tensors(inputs, lambda tensor: tensor[:count] if tensor.dim() else tensor)
 
 
 def resize(inputs: Inputs, count: int) -> Inputs:

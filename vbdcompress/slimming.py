@@ -1,5 +1,6 @@
 """slim: choose how much goes, and cut it out of the network."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vbdcompress.compare import EXACT, as_double, double_copy, flatten_output, in_double, relative_difference
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
-from vbdcompress.errors import SlimError
+from vbdcompress.data.loaders import seed_generators
+from vbdcompress.errors import ConfigError, SlimError
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors
+from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors, named_batch_of_one
 from vbdcompress.originals import forget_graph_
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
@@ -60,9 +62,13 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
         threshold: None takes 0.
         round_to: keep a multiple of this many channels of each group, where it has so many.
     Raises:
+        ConfigError: the threshold is NaN, or `round_to` below 1.
         SlimError: the two differ: a defect, better a stop than a wrong network.
     """
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
+    if math.isnan(chosen) or round_to < 1:
+        told = f"threshold = {chosen:g}, round_to = {round_to}"
+        raise ConfigError("slim", f"{told}; allowed are a number, and 1 or more.")
     forget_graph_(converted.model)  # of a loop of the user's own
     # Copies come late and go early: the largest networks leave room for few
     dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
@@ -202,6 +208,8 @@ def reestimate_batch_norm_(
         loader: training batches, (input, target).
         examples: batches are taken until they hold as many.
         seed: of the order that a loader that shuffles draws: a run that goes on takes the same examples.
+    Raises:
+        FitError: a batch of one example, of which a norm can't take statistics.
     """
     norms = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
@@ -212,14 +220,16 @@ def reestimate_batch_norm_(
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
         norm.train()
     device, seen = device_of(model), 0
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), named_batch_of_one("batch norm"):
         torch.manual_seed(seed)
+        seed_generators(loader, seed)
         for inputs, _ in loader:
-            call(model, to_device(inputs, device))
             seen += batch_size(inputs)
+            for norm in norms:  # an average over the examples, whatever the last batch holds
+                norm.momentum = batch_size(inputs) / seen
+            call(model, to_device(inputs, device))
             if seen >= examples:
                 break
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from vbdcompress.compilation import begin_step
 from vbdcompress.config import FitConfig
-from vbdcompress.data.loaders import set_epoch
+from vbdcompress.data.loaders import seed_generators, set_epoch
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import to_device
-from vbdcompress.inputs import batch_size, call
+from vbdcompress.inputs import batch_size, call, named_batch_of_one
 from vbdcompress.optimization import default_beta
 from vbdcompress.records import EpochRow
 from vbdcompress.vbd.elbo import beta_at
@@ -82,7 +82,9 @@ class EpochRunner:
         """One pass over the training set: mean NLL and KL in nats per example, and seconds."""
         fabric, config = self.fabric, self.config
         # Of (seed, epoch, rank) alone, so that a resumed fit draws what an unbroken one would
-        torch.manual_seed((config.seed * 1_000_003 + epoch) * 4096 + fabric.global_rank)
+        seed = config.seed * 1_000_003 + epoch
+        torch.manual_seed(seed * 4096 + fabric.global_rank)
+        seed_generators(self.batches, seed)  # the order is one for all processes
         set_epoch(self.batches, epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * self.rate(epoch)
@@ -119,19 +121,12 @@ class EpochRunner:
         """One update; returns [2], detached NLL and KL."""
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            terms = self.module(inputs, target, beta)
+            with named_batch_of_one("fit"):
+                terms = self.module(inputs, target, beta)
         except IndexError as error:
             if not str(error).startswith("Target"):  # torch's cross entropy on the CPU: no logit for a label
                 raise
             raise FitError("fit", f"the loss refused a batch: {error}", "Labels count from 0.") from error
-        except ValueError as error:
-            if not str(error).startswith("Expected more than 1 value per channel"):  # torch's batch norm
-                raise
-            raise FitError(
-                "fit",
-                f"batch norm can't train on a batch of one example: {error}",
-                "Leave a last batch of one out: DataLoader(..., drop_last=True)",
-            ) from error
         self.fabric.backward(terms.objective)
         if self.config.clip_norm is not None:
             self.fabric.clip_gradients(

@@ -198,3 +198,9 @@ def test_split_loader_takes_a_sequential_sampler_of_its_own() -> None:
         warnings.simplefilter("error")
         train, held = split_loader(loader, 0.1, seed=0)
     assert sorted(examples_of(train) + examples_of(held)) == [float(value) for value in range(20)]
+
+
+def test_split_loader_leaves_a_batch_where_the_last_one_would_be_dropped() -> None:
+    train, held = split_loader(DataLoader(SET, batch_size=20, drop_last=True), 0.2, seed=0)
+    assert (count_examples(train), count_examples(held)) == (16, 4)
+    assert len(list(train)) == 1

@@ -63,6 +63,18 @@ def set_epoch(batches: Any, epoch: int) -> None:
             part.set_epoch(epoch)
 
 
+def seed_generators(batches: Any, seed: int) -> None:
+    """Start a DataLoader's own generators anew, so that its order is that of the seed."""
+    if isinstance(batches, Unpacked):
+        seed_generators(batches.loader, seed)
+    elif isinstance(batches, DataLoader):
+        inner = getattr(batches.batch_sampler, "sampler", None)
+        for part in (batches, batches.sampler, inner):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+
+
 def check_repeatable(loader: Iterable[Any] | None) -> None:
     """Raise DataError where the loader is an iterator, which gives its batches only once."""
     if isinstance(loader, Iterator):
@@ -162,6 +174,7 @@ def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[
 
 
 def _reload(loader: DataLoader[Any], indices: list[int], shuffle: bool, drop_last: bool) -> DataLoader[Any]:
+    batch = loader.batch_size or 1
     return DataLoader(
         Subset(loader.dataset, indices),
         batch_size=loader.batch_size,
@@ -169,7 +182,7 @@ def _reload(loader: DataLoader[Any], indices: list[int], shuffle: bool, drop_las
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=drop_last,
+        drop_last=drop_last and len(indices) >= batch,  # or nothing would be left
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
