@@ -141,3 +141,27 @@ def test_a_teacher_is_asked_for_each_shift_where_these_are_fewer_than_the_epochs
         asked.clear()
         fit(student, images, FitConfig(epochs=epochs, device="cpu"), teacher=Teacher())
         assert asked == calls
+
+
+class Weighted(nn.Module):
+    """A loss with a network of its own, a norm in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 1.0]), requires_grad=False)
+        self.norm = nn.BatchNorm1d(3).eval()
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.norm(output), target, self.weight)
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_a_loss_that_is_a_module_goes_along_and_stays_as_it_was(make_network: Make, distill: float) -> None:
+    loss = Weighted()
+    inputs, labels = torch.randn(40, 5), torch.arange(40) % 3
+    config = FitConfig(epochs=2, device="cpu", precision="64-true", distill=distill)
+    fitted = fit(make_network(), [(inputs, labels)], config, loss=loss, teacher=make_teacher())
+    assert all(math.isfinite(row.nll) for row in fitted.epochs)
+    assert loss.weight.dtype == torch.float32
+    assert not loss.norm.training
+    assert torch.equal(loss.norm.running_mean, torch.zeros(3))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vbdcompress.architectures import build_architecture
 from vbdcompress.config import FitConfig, RunConfig
 from vbdcompress.data import DataSet, TensorBatches
+from vbdcompress.evaluation import measure_error
 from vbdcompress.fitting import fit
 from vbdcompress.records import EpochRow
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
@@ -91,6 +92,8 @@ def test_fit_rows_are_complete(small_batches: TensorBatches, make_network: Make,
     assert rows[-1].sparsity == pytest.approx(sum(int(mask.sum()) for mask in masks) / 56)
     assert 0 < rows[-1].sparsity < 1
     assert rows[-1].error == pytest.approx(masked_error(model, masks, validation))
+    whole = masked_error(model, [torch.zeros_like(mask) for mask in masks], validation)
+    assert measure_error(model, validation) == pytest.approx(whole)  # the threshold was for the log alone
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from vbdcompress.layout import lay_out_fast_
 AT_ONCE = 1000
 
 
-class DistillationLoss:
+class DistillationLoss(nn.Module):
     """share * KL(teacher || network), both softened by T, + (1 - share) * loss to the labels.
 
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, without their factor
@@ -34,9 +34,10 @@ class DistillationLoss:
     """
 
     def __init__(self, loss: Loss, share: float, temperature: float) -> None:
+        super().__init__()
         self.loss, self.share, self.temperature = loss, share, temperature
 
-    def __call__(self, output: Tensor, target: tuple[Any, Tensor]) -> Tensor:
+    def forward(self, output: Tensor, target: tuple[Any, Tensor]) -> Tensor:
         """Scalar, nats per example; output [batch, classes, ...], target (labels, teacher's output).
 
         Raises DataError where the output is no tensor.

@@ -1,5 +1,6 @@
 """fit: train a network on the ELBO; without a posterior in it, on the plain loss."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def fit(
         loader: yields (inputs, target) batches, once an epoch; inputs as `compress` takes them.
         config: rates, epochs, prior, device, precision, processes.
         validation: the error on it is measured after each epoch, masked at `threshold`.
-        loss: (output, target) -> scalar mean NLL in nats.
+        loss: (output, target) -> scalar mean NLL in nats. A module is copied, and stays in its own mode.
         metric: (output, target) -> [batch] errors in [0, 1].
         threshold: of log_alpha, for the epoch log's error and sparsity only.
         teacher: whose outputs the network follows beside the labels, as `config.distill` says (all
@@ -85,6 +86,8 @@ def fit(
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         shown = _first_inputs(placed) if has_layout(model) else None
+        if isinstance(loss, nn.Module):
+            loss = copy.deepcopy(loss)  # it is moved and cast with the network
         opened = [name for name, module in model.named_modules() if isinstance(module, Opened)]
         loss, placed, absent = teach(teacher, loss, placed, config, fabric, shown=shown, opened=opened)
         if shown is not None:
@@ -117,6 +120,7 @@ def fit(
             state.keep(rows)
             if listener is not None:
                 listener.on_epoch(rows[-1], config.epochs)
+        set_threshold_(model, KEEP_ALL)
         optimizer.zero_grad(set_to_none=True)  # CUDA graphs' memory goes with the compiled code
     if config.precision == "64-true":
         model.to(dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vbdcompress.errors import FitError
+from vbdcompress.errors import ConfigError, FitError
 from vbdcompress.vbd.elbo import ELBO, beta_at
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
 from vbdcompress.vbd.layers import attach_posterior_
@@ -102,3 +102,18 @@ def test_gradient_at_beta_zero_has_no_kl(make_network: Callable, convert: Callab
 )
 def test_beta_at_rises_linearly(epoch: int, beta: float, warmup: int, expected: float) -> None:
     assert beta_at(epoch, beta, warmup) == pytest.approx(expected)
+
+
+def test_elbo_refuses_a_prior_that_there_is_not(make_network: Callable) -> None:
+    with pytest.raises(ConfigError, match="prior = 'log-uniform', allowed are 'vbd' and 'vd'"):
+        ELBO(make_network(), F.cross_entropy, 9, "log-uniform")
+
+
+def test_elbo_switches_the_network_and_not_a_loss_that_is_one(make_network: Callable) -> None:
+    loss = nn.Sequential(nn.BatchNorm1d(3)).eval()
+    elbo = ELBO(make_network(), lambda output, _: loss(output).sum(), 9)
+    elbo.loss = loss
+    assert elbo.train().training
+    assert elbo.model.training
+    assert not loss.training
+    assert not elbo.eval().model.training

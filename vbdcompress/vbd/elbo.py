@@ -1,14 +1,14 @@
 """The objective: the negative evidence lower bound, per example."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.errors import FitError
+from vbdcompress.errors import ConfigError, FitError
 from vbdcompress.inputs import call
-from vbdcompress.vbd.kl import kl_sum
+from vbdcompress.vbd.kl import PRIORS, kl_sum
 from vbdcompress.vbd.posterior import find_posteriors
 
 
@@ -32,10 +32,12 @@ class ELBO(nn.Module):
 
     Args:
         model: the network; its posteriors are found anew at each call.
-        loss: (output, target) -> scalar, the mean negative log likelihood of the batch in nats.
+        loss: (output, target) -> scalar, the mean negative log likelihood of the batch in nats. A module
+            stays in its own mode: `train()` and `eval()` switch the network alone.
         num_data: number of training examples, over all processes.
         prior: "vbd" or "vd".
     Raises:
+        ConfigError: there is no such prior.
         FitError: at a call, where the loss is no single number.
     """
 
@@ -43,10 +45,18 @@ class ELBO(nn.Module):
         self, model: nn.Module, loss: Callable[[Any, Any], Tensor], num_data: int, prior: str = "vbd"
     ) -> None:
         super().__init__()
+        if prior not in PRIORS:
+            raise ConfigError("ELBO", f"prior = {prior!r}, allowed are {' and '.join(map(repr, PRIORS))}.")
         self.model = model
         self.loss = loss
         self.num_data = num_data
         self.prior = prior
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the network, not a loss that is a network too."""
+        self.training = mode
+        self.model.train(mode)
+        return self
 
     def kl(self) -> Tensor:
         """Sum of KL over all posteriors, each times its cost, over num_data: nats per example, a scalar."""
