@@ -42,6 +42,7 @@ inputs = torch.randn(100, 6, generator=torch.Generator().manual_seed(5)) + label
 def make_model(log_sigma2):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    model[1].head = nn.Linear(16, 2)  # nothing calls it
     for layer in (model[0], model[2]):
         attach_posterior_(layer, log_sigma2)
     return model

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 
 from vbdcompress.config import FitConfig
 from vbdcompress.errors import FitError
@@ -39,9 +40,15 @@ def start_fabric(config: FitConfig) -> Fabric:
     with warnings.catch_warnings():
         # Fabric's advice to users of its own (unused GPUs, worker counts) is not ours to give.
         warnings.filterwarnings("ignore", module="lightning_fabric")
+        # A static graph may leave parameters without a gradient, as one process does
+        several = DDPStrategy(static_graph=True) if devices * nodes > 1 else "auto"
         try:
             fabric = Fabric(
-                accelerator=accelerator, devices=devices, num_nodes=nodes, precision=config.precision
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                precision=config.precision,
+                strategy=several,
             )
             fabric.launch()
         except (RuntimeError, ValueError) as error:
