@@ -180,9 +180,13 @@ def test_convert_refuses_what_it_cannot_convert(model, example, message):
         convert(model, example, "weights")
 
 
-def test_convert_refuses_a_mode_that_there_is_not():
-    with pytest.raises(ConfigError, match="mode = 'channel', allowed are 'weights' and 'channels'"):
-        convert(nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 5), "channel")
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [("mode", "channel", "'weights' and 'channels'"), ("cost", "flops", "'none', 'params', 'macs'")],
+)
+def test_convert_refuses_what_there_is_not(option, value, allowed):
+    with pytest.raises(ConfigError, match=f"{option} = '{value}', allowed are {allowed}"):
+        convert(nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 5), **{option: value})
 
 
 def test_convert_refuses_nan_and_names_the_parameter():

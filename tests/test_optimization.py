@@ -67,3 +67,12 @@ def test_weight_decay_spares_what_has_a_posterior(mode):
     plain = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in with_posterior]
     assert decayed == {id(parameter) for parameter in plain}
     assert bool(plain) == (mode == "channels")
+
+
+def test_make_optimizer_takes_complex_weights():
+    model = nn.ParameterList([nn.Parameter(torch.ones(3, dtype=torch.cfloat)), nn.Parameter(torch.ones(3))])
+    optimizer = make_optimizer(model, FitConfig(lr=0.1))
+    sum(parameter.abs().sum() for parameter in model).backward()
+    optimizer.step()
+    for parameter in model:  # Adam's first step is the rate
+        torch.testing.assert_close(parameter.detach().real, torch.full((3,), 0.9))

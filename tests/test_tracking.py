@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def test_tensorboard_has_every_epoch_and_the_result(tmp_path: Path) -> None:
     assert "finetune/sparsity" not in found
     assert found["times_fewer/macs"] == [(0, 4.0)]
     assert found["validation_error/after"] == [(0, 1.5)]
+
+
+def test_a_run_that_goes_on_tracks_where_it_stopped(tmp_path: Path) -> None:
+    tracker = open_tracker("tensorboard", "a run", tmp_path, {})
+    row = EpochRow(3, 0.5, 0.25, 6.0, None, 0.1, 1e-3, 2.0, 100.0)
+    tracker.on_start("Fitting the posterior of 3 channel gates", 4)  # done: no epoch of it comes
+    tracker.on_start("Fitting the posterior of 9 weights, going on after epoch 2", 3)
+    tracker.on_epoch(row, 3)
+    tracker.on_start("Fine-tuning", 1)
+    tracker.on_epoch(replace(row, epoch=1), 1)
+    tracker.finish(REPORT)
+    found = read_events(tmp_path)
+    assert found["stage2/nll"] == [(7, 0.5)]
+    assert found["finetune/nll"] == [(8, 0.5)]
 
 
 def test_run_tracks_what_its_report_says(tmp_path: Path, zoo: Path) -> None:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -98,11 +98,14 @@ def convert(
             mean of the two: what its removal saves, relative to the mean over all gates (a tempered
             ELBO). "none": nothing, the ELBO.
     Raises:
+        ConfigError: there is no such mode or cost.
         ConvertError: the network fails on the example, holds NaN, has lazy layers, or nothing in
             it can be converted.
     """
     if mode not in list(LOG_SIGMA2):
         raise ConfigError("convert", f"mode = {mode!r}, allowed are {' and '.join(map(repr, LOG_SIGMA2))}.")
+    if cost not in get_args(Cost):
+        raise ConfigError("convert", f"cost = {cost!r}, allowed are {', '.join(map(repr, get_args(Cost)))}.")
     model = unwrap(model)
     check_skip(model, skip)
     called = check_model(model, example)

@@ -67,8 +67,10 @@ def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer
     """Adam or gradient descent with a rate for each role; fused where that is safe."""
     # a fused step unscales float16's gradients itself, too late to clip them
     clips_scaled = config.precision == "16-mixed" and config.clip_norm is not None
-    on_known = all(tensor.device.type in ("cpu", "cuda") for tensor in model.parameters())
-    groups, fused = parameter_groups(model, config), on_known and not clips_scaled
+    can_fuse = all(
+        tensor.device.type in ("cpu", "cuda") and tensor.is_floating_point() for tensor in model.parameters()
+    )
+    groups, fused = parameter_groups(model, config), can_fuse and not clips_scaled
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=fused)
     return torch.optim.AdamW(groups, fused=fused)

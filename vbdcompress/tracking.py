@@ -35,10 +35,12 @@ class Tracker:
 
     def __init__(self, backend: _Backend) -> None:
         self.backend = backend
-        self.stages, self.part, self.step = 0, "", 0
+        self.stages, self.part = 0, ""
+        self.before, self.epochs = 0, 0  # epochs of the fits before this one, and of this one
 
     def on_start(self, title: str, epochs: int) -> None:
         """Another fit: curves of its own."""
+        self.before, self.epochs = self.before + self.epochs, epochs
         if title.startswith("Fine-tuning"):
             self.part = "finetune"
         else:
@@ -50,10 +52,9 @@ class Tracker:
 
     def on_epoch(self, row: EpochRow, epochs: int) -> None:
         """One point on each curve; steps count the epochs of the whole run."""
-        self.step += 1
         values = {name: getattr(row, name) for name in METRICS}
         known = {f"{self.part}/{name}": float(value) for name, value in values.items() if value is not None}
-        self.backend.log(known, self.step)
+        self.backend.log(known, self.before + row.epoch)
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Errors and sizes of the finished run, and its end.

@@ -172,3 +172,12 @@ def test_masked_theta_keeps_what_is_below_the_threshold() -> None:
     expected = masked(layer.weight, layer.log_sigma2, 1.0)
     assert 0 < int((expected == 0).sum()) < expected.numel()
     assert torch.equal(layer.masked_theta(), expected)
+
+
+@pytest.mark.parametrize(("round_to", "kept"), [(2, 2), (4, 6)])
+def test_rounding_tells_no_equal_gates_apart(round_to: int, kept: int) -> None:
+    gate = ChannelGate(6, 0.0)
+    with torch.no_grad():  # log_alpha = log_sigma2: two are certain, three equal
+        gate.log_sigma2.copy_(torch.tensor([1.0, -9.0, 1.0, -8.0, 1.0, 2.0]))
+    set_threshold_(gate, 0.0, round_to)
+    assert int(gate.masked_theta().count_nonzero()) == kept

@@ -171,8 +171,7 @@ def _rounded(posterior: Posterior, threshold: float, round_to: int) -> float:
     """The threshold at or above the given one that keeps a multiple of `round_to`, or all."""
     log_alpha = posterior.log_alpha().detach().sort().values
     kept = max(1, int((log_alpha < threshold).sum()))
-    wanted = -(-kept // round_to) * round_to
-    if wanted >= len(log_alpha):
-        return KEEP_ALL
-    between = float(log_alpha[wanted - 1 : wanted + 1].double().mean())
-    return max(threshold, between)
+    for wanted in range(-(-kept // round_to) * round_to, len(log_alpha), round_to):
+        if log_alpha[wanted - 1] < log_alpha[wanted]:  # no threshold tells equal ones apart
+            return float(log_alpha[wanted])
+    return KEEP_ALL
