@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vbdcompress.budget import Budget
-from vbdcompress.choosing import Candidates, refine
+from vbdcompress.choosing import Candidates, choose, refine
 from vbdcompress.conversion import convert
 from vbdcompress.count import measure_size
 from vbdcompress.data.dataset import load_data
@@ -145,6 +145,20 @@ def test_refine_finds_the_limit_where_the_curve_has_a_gap():
     assert 0.85 * limit < max(one.size.nonzeros for one in found if one.size.nonzeros <= limit) <= limit
 
 
+def test_a_limit_below_the_curve_is_met_all_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+    converted = convert(model, torch.randn(2, 20), "weights")  # log_alpha from -10: below any of the curve
+    measured = SimpleNamespace(measure=lambda network: measure_size(network, torch.randn(2, 20)))
+    curve = measure_curve(converted, lambda _: 0.0, prepare=lambda _: None)
+    limit = 300
+    assert min(point.size.nonzeros for point in curve) > limit
+    candidates = Candidates(converted, curve, 1, lambda _: None, lambda _: 0.0, measured)
+    _, selection, slimmed = choose(candidates, Budget(limits={"nonzeros": limit}), 0.0)
+    assert selection.threshold < -4
+    assert 0.6 * limit < sum(int(each.count_nonzero()) for each in slimmed.model.parameters()) <= limit
+
+
 def test_biases_that_grow_past_a_limit_are_warned_of(data):
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 75), nn.ReLU(), nn.Linear(75, 10))
     for layer in (body[1], body[3]):
@@ -158,3 +172,21 @@ def test_biases_that_grow_past_a_limit_are_warned_of(data):
     left = run(4_000, 0).report["size"]["after"]["nonzeros"]
     with pytest.warns(UserWarning, match=f"{left:,} were allowed: biases that were 0"):
         run(left, 1)
+
+
+def test_weights_that_a_first_round_took_stay_away_in_a_round_of_channels(zoo, data):
+    found = compress(
+        load(zoo / "digits.pt").model,
+        data.train_batches(48, seed=0),
+        validation=data.validation_batches(),
+        test=data.test_batches(),
+        epochs=2,
+        finetune_epochs=1,
+        threshold=50.0,  # no channel goes
+        first={"mode": "weights", "epochs": 8, "beta": 3.0, "warmup_epochs": 1},
+    )
+    first = found.report["stages"][0]
+    chosen = first["selection"]["threshold"]
+    left = next(p["size"]["nonzeros"] for p in first["curve"] if p["threshold"] == chosen)
+    before, after = (found.report["size"][when]["nonzeros"] for when in ("before", "after"))
+    assert after <= left < 0.8 * before

@@ -1,10 +1,12 @@
 """What users mistake for a loader, a network or a folder is named before it costs them a fit."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.errors import ConvertError, DataError, ExportError
+from vbdcompress.errors import ConfigError, ConvertError, DataError, ExportError
 from vbdcompress.pipeline import compress
 from vbdcompress.records import EpochRow
 
@@ -31,6 +33,32 @@ def test_a_data_set_is_no_loader():
     examples = torch.utils.data.TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
     with pytest.raises(DataError, match=r"(?s)yields single examples.*DataLoader\(dataset"):
         compress(model, examples, validation=batches)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([{"x": torch.rand(8, 1, 8, 8), "y": torch.arange(8)}], r"(?s)loader: yields dicts of 2.*unpack="),
+        ((torch.rand(8, 1, 8, 8), torch.arange(8)), r"loader: yields .*allowed are pairs"),
+        (torch.utils.data.TensorDataset(torch.rand(9, 1, 8, 8), torch.arange(9)), "yields single examples"),
+        ([], "loader: is empty"),
+        (iter([]), "gives its batches only once"),
+    ],
+)
+def test_a_part_that_yields_no_pairs_is_named(part: str, given: object, message: str) -> None:
+    model, batches = digits()
+    with pytest.raises(DataError, match=message) as caught:
+        compress(model, batches, **({"validation": batches} | {part: given}), epochs=1, listener=Untold())
+    assert isinstance(given, Iterator) or caught.value.where == f"{part} loader"
+
+
+@pytest.mark.parametrize("options", [{"bits": "8"}, {"pack": True}])
+def test_double_precision_is_not_packed(options: dict[str, object]) -> None:
+    model, batches = digits()
+    double = [(inputs.double(), targets) for inputs, targets in batches]
+    with pytest.raises(ConfigError, match=r"(?s)torch.float64.*model.float\(\)"):
+        compress(model.double(), double, validation=double, listener=Untold(), **options)
 
 
 def test_a_network_without_parameters_is_refused():

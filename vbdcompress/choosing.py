@@ -21,6 +21,7 @@ from vbdcompress.records import CurvePoint, Selection, Size
 from vbdcompress.rounding import Rounded, roundable, write_rounded_
 from vbdcompress.slimming import Slim, posterior_sigma, slim
 from vbdcompress.sources import Sources
+from vbdcompress.vbd.posterior import find_posteriors
 
 # Networks that are tried next to a limit, each time that more is known of what files weigh
 REFINEMENTS = 6
@@ -138,16 +139,22 @@ def refine(
 ) -> list[CurvePoint]:
     """The curve; under limits, with more points between what is too large and what fits.
 
+    Where nothing on the curve fits, they go on below it, down to the smallest log_alpha.
+
     Args:
         written: threshold -> bytes, of the points whose file was written.
     """
     refined, points = list(curve), _corrected(curve, written)
-    place = next((number for number, point in enumerate(points) if _fits(point.size, budget)), 0)
-    if not budget.limits or place == 0:  # the whole network fits, or nothing does
+    place = next((number for number, point in enumerate(points) if _fits(point.size, budget)), len(points))
+    if not budget.limits or place == 0:  # the whole network fits
         return refined
-    ratio = points[place].size.bytes / max(1, refined[place].size.bytes)
-    low, high = points[place].threshold, points[place - 1].threshold
+    known = min(place, len(points) - 1)
+    ratio = points[known].size.bytes / max(1, refined[known].size.bytes)
+    low = points[place].threshold if place < len(points) else _smallest_log_alpha(candidates.converted)
+    high = points[place - 1].threshold
     high = high if math.isfinite(high) else low + STEP_TO_WHOLE
+    if low >= high:
+        return refined
     for _ in range(REFINEMENTS):
         middle = (low + high) / 2
         model = candidates.cut(middle).model
@@ -160,6 +167,11 @@ def refine(
         else:
             high = middle
     return sorted(refined, key=lambda point: -point.threshold)
+
+
+def _smallest_log_alpha(converted: Converted) -> float:
+    """Where a threshold takes all that has a posterior."""
+    return min(float(each.log_alpha().detach().min()) for each in find_posteriors(converted.model))
 
 
 def _write(candidates: Candidates, slimmed: Slim) -> int:

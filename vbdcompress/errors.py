@@ -3,7 +3,7 @@
 A message says where, what was found with its value, what is allowed, and what to do:
 
     convert: layer 'features.3' is LazyConv2d, which has no weights yet.
-    Run one batch through the model first, or skip it: --skip features.3
+    Run one batch through the model first.
 """
 
 

@@ -90,7 +90,7 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
             raise ConvertError(
                 "convert",
                 f"layer '{name}' is {type(module).__name__}, which has no weights yet.",
-                f"Run one batch through the model first, or skip it: --skip {name}",
+                "Run one batch through the model first.",
             )
     if not any(True for _ in model.parameters()):
         raise ConvertError("convert", "nothing in the network can be converted: it has no parameters.")

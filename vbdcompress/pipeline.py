@@ -37,6 +37,7 @@ from vbdcompress.sources import (
     check_classes,
     check_labels,
     check_logits,
+    check_parts,
     first_batch,
     try_loss,
     try_metric,
@@ -108,7 +109,7 @@ def compress(
     if unpack is not None:
         loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
         test = None if test is None else Unpacked(test, unpack)
-    samples, _ = first_batch(loader)
+    samples = check_parts(loader, validation, test)
     record = DataRecord(
         None,
         (),
@@ -191,7 +192,7 @@ def _run_stages(
         rounding=rounding,
         warnings=[
             *warnings_of(sources),
-            *_dead(original, current, samples),
+            *(_dead(original, current, samples) if judge.metric is top1_error else ()),
             *run.excess(current, rounding, errors),
         ],
         seconds=time.perf_counter() - started,
@@ -241,6 +242,8 @@ def _check(
                     check_pixels(given, sources.input)
     if config.int8 and len(outputs) != 1:
         raise ConfigError("int8", "is for networks with one output.")
+    if (config.bits != "32" or config.pack) and any(p.dtype == torch.float64 for p in model.parameters()):
+        raise ConfigError("bits, pack", "need single precision, this is torch.float64.", "model.float()")
     by_label = judge.loss is cross_entropy
     if by_label or judge.follows(config):
         output = check_logits(model, samples, by_label=by_label)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.data import TensorBatches, on_device
+from vbdcompress.data.loaders import check_repeatable
 from vbdcompress.errors import DataError
 from vbdcompress.evaluation import Loss, Metric, device_of, to_device, top1_error
 from vbdcompress.inputs import Inputs, call, in_eval_mode, shapes_of, tensors_of
@@ -65,6 +66,17 @@ def warnings_of(sources: Sources) -> list[str]:
             "There is no test set: the error is the validation error, on which choices were made."
         )
     return messages
+
+
+def check_parts(loader: Iterable[Any], validation: Iterable[Any], test: Iterable[Any] | None) -> Inputs:
+    """The first training inputs. Raises DataError where a part yields no pairs, or them only once."""
+    for batches in (loader, validation, test):
+        check_repeatable(batches)
+    inputs, _ = first_batch(loader)
+    first_batch(validation, "validation loader")
+    if test is not None:
+        first_batch(test, "test loader")
+    return inputs
 
 
 def first_batch(loader: Iterable[Any], where: str = "loader") -> tuple[Inputs, Any]:

@@ -144,7 +144,8 @@ class StageRunner:
             cost=config.cost,
         )
         step = f"{number + 1}-{mode}"
-        fitted = self._fit(converted.model, config, step, threshold=_log_threshold(config))
+        gone = mode == "channels" and self.config.rounds[0].mode == "weights"  # what the first round took
+        fitted = self._fit(converted.model, config, step, threshold=_log_threshold(config), keep_zeros=gone)
         choice, slimmed = self._choose(converted, fitted, number, step, baseline)
         self.prepare(slimmed.model, STATISTICS_EXAMPLES)
         record = self._record(converted, slimmed, number, fitted.epochs, choice)
