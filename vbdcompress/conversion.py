@@ -1,6 +1,7 @@
 """convert: give every weight or channel of a trained network a posterior."""
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -15,6 +16,7 @@ from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.originals import check_model, copy_of, unwrap
+from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
@@ -39,6 +41,7 @@ class Converted:
         table: every layer, converted or left, with the reason.
         scan: the channel groups, found on the plain network.
         example: the batch that the network was traced with, on the CPU.
+        stored: modules whose parametrizations (weight_norm, ...) became plain weights.
     """
 
     model: nn.Module
@@ -46,11 +49,13 @@ class Converted:
     table: tuple[LayerRow, ...]
     scan: GroupScan
     example: Inputs
+    stored: tuple[str, ...] = ()
 
     def undo(self) -> nn.Module:
         """A plain network again, a copy: the original where nothing was trained since.
 
-        Exact, but for attention: that stays opened, the same function to rounding.
+        Exact, but for attention: that stays opened, the same function to rounding. Weights that
+        parametrizations computed stay stored.
         """
         return self.plain(float("inf"))
 
@@ -113,6 +118,8 @@ def convert(
     for module in converted.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients are of no use where every weight has a KL
+    stored = tuple(_computed(converted, skip))
+    store_weights_(converted, stored)
     example = map_tensors(example, lambda tensor: tensor.detach().cpu())
     names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
     # attention that is not called is read past its call, and has nothing to open
@@ -136,7 +143,15 @@ def convert(
             f"nothing in the network can be converted in {mode} mode: {reasons or 'it has no parameters'}.",
             "" if mode == "weights" else "Single weights may still go: --mode weights",
         )
-    return Converted(converted, mode, rows, scan, example)
+    return Converted(converted, mode, rows, scan, example, stored)
+
+
+def _computed(model: nn.Module, skip: Sequence[str]) -> Iterator[str]:
+    """Modules whose weights are computed by parametrizations of the user's own."""
+    for name, module in model.named_modules():
+        ours = any(isinstance(inner, SampledWeight) for inner in module.modules())
+        if parametrize.is_parametrized(module) and not ours and not _is_skipped_in_part(name, skip):
+            yield name
 
 
 def _is_skipped_in_part(name: str, skip: Sequence[str]) -> bool:
@@ -200,7 +215,9 @@ def _why_left(
         return "a scale or shift of a normalisation"
     if parameter.dim() < 2 or parameter.numel() == max(parameter.shape):
         return "a vector: a bias, scale or token"
-    if parameter.shape[0] == 1 or "pos" in name.rsplit(".", 1)[-1] or "bias" in name.rsplit(".", 1)[-1]:
+    words = set(re.split(r"[^a-z]+", name.rsplit(".", 1)[-1].lower()))
+    flat = parameter.shape[0] == 1 and parameter.dim() <= 3
+    if flat or any(word.startswith(("pos", "bias")) or word.endswith("bias") for word in words):
         return "a table of positions or biases"
     return None
 

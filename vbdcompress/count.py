@@ -87,12 +87,18 @@ def _in_the_open(model: nn.Module) -> Iterator[None]:
     """In eval mode, without the libraries that run an LSTM as one operation, whose MACs nobody counts."""
     libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
     before = [library.enabled for library in libraries]
+    # torch's counter hooks what modules are given, which it can't do to a view of a parameter
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         for library in libraries:
             library.enabled = False
         with in_eval_mode(model), torch.no_grad():
             yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for library, enabled in zip(libraries, before, strict=True):
             library.enabled = enabled
 

@@ -1,5 +1,6 @@
 """Error of a network on a set, in percent."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,7 +94,7 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
         batches: yields (input, target).
         metric: (output, target) -> [batch], each example's error in [0, 1].
     Raises:
-        DataError: no batch came.
+        DataError: no batch came, or the metric gives NaN.
     """
     device = device_of(model)
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -105,4 +106,9 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
             count += errors.numel()
     if count == 0:
         raise DataError("evaluation", "the set is empty: no batch came.")
-    return 100.0 * float(total) / count
+    error = 100.0 * float(total) / count
+    if not math.isfinite(error):
+        raise DataError(
+            "evaluation", f"the metric's mean over {count} values is {error:g}.", "Look for NaN in the data."
+        )
+    return error

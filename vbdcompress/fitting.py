@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from vbdcompress.attention import Opened
 from vbdcompress.checkpoints import FitCheckpoint, FitState
+from vbdcompress.compare import forget_graph_
 from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, Unpacked, count_examples, on_device
@@ -24,7 +25,6 @@ from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, t
 from vbdcompress.inputs import Inputs
 from vbdcompress.layout import has_layout, lay_out_, lay_out_fast_
 from vbdcompress.optimization import make_optimizer
-from vbdcompress.originals import forget_graph_
 from vbdcompress.records import EpochRow
 from vbdcompress.training import EpochRunner, Listener
 from vbdcompress.vbd.elbo import ELBO

@@ -2,16 +2,16 @@
 
 import copy
 import pickle
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from vbdcompress.errors import ConvertError
+from vbdcompress.compare import is_computed
+from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, call, in_eval_mode, shapes_of, tensors_of
+from vbdcompress.inputs import Inputs, call, first, in_eval_mode, shapes_of, tensors_of
 from vbdcompress.surgery.groups import TRACE_ERRORS
 
 
@@ -24,7 +24,7 @@ def copy_of(model: nn.Module) -> nn.Module:
             f"{name}.{own}".lstrip(".")
             for name, module in model.named_modules()
             for own, value in vars(module).items()
-            if any(map(_is_computed, tree_leaves(value)))
+            if any(map(is_computed, tree_leaves(value)))
         ]
         told = f"it holds computed tensors: {', '.join(held)}" if held else str(error)
         raise ConvertError(
@@ -34,22 +34,6 @@ def copy_of(model: nn.Module) -> nn.Module:
             "torch.nn.utils.prune: call prune.remove first; what forward keeps: detach it, or clear it; "
             "a lock, a file or a scripted function: make it where it is used.",
         ) from error
-
-
-def forget_graph_(model: nn.Module) -> None:
-    """Detach what forward kept of its last step, such as losses on the way: it can be copied then."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if name not in ("_parameters", "_modules") and any(map(_is_computed, tree_leaves(value))):
-                vars(module)[name] = tree_map(_detached, value)
-
-
-def _detached(item: Any) -> Any:
-    return item.detach() if _is_computed(item) else item
-
-
-def _is_computed(item: Any) -> bool:
-    return isinstance(item, Tensor) and item.grad_fn is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -65,12 +49,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             "From a file: vbdcompress.load(path).model",
         )
     while True:
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ConvertError(
-                "convert",
-                "the network is TorchScript (torch.jit), whose layers can't be changed.",
-                "Give the nn.Module that it was made from, or what torch.export makes of that.",
-            )
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                called = f"module '{name}'" if name else "the network"
+                raise ConvertError(
+                    "convert",
+                    f"{called} is TorchScript (torch.jit), whose layers can't be changed.",
+                    "Give the nn.Module that it was made from, or what torch.export makes of that.",
+                )
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
@@ -122,6 +108,37 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
         for hook in hooks:
             hook.remove()
     return called
+
+
+def check_storable(model: nn.Module, samples: Inputs, *, int8: bool, packed: bool) -> None:
+    """Raise where the files that are asked for could not hold the network.
+
+    Args:
+        samples: some inputs.
+        int8: a file that computes in 8-bit integers is asked for.
+        packed: weights in few bits, or packed, are.
+    Raises:
+        ConvertError: its state is no plain tensors.
+        ConfigError: an option is not for such a network.
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):  # what a module's get_extra_state gives
+            raise ConvertError(
+                "convert",
+                f"state_dict entry '{name}' is a {type(value).__name__}, allowed are tensors.",
+                "Keep what get_extra_state gives in a buffer.",
+            )
+        if value.layout != torch.strided:
+            raise ConvertError(
+                "convert",
+                f"state_dict entry '{name}' is {value.layout}, allowed are dense tensors.",
+                "Keep its indices and values in buffers, or register it with persistent=False.",
+            )
+    with in_eval_mode(model), torch.no_grad():
+        if int8 and not isinstance(call(model, to_device(first(samples, 2), device_of(model))), Tensor):
+            raise ConfigError("int8", "is for networks with one output, a bare tensor.")
+    if packed and any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        raise ConfigError("bits, pack", "need single precision, this is torch.float64.", "model.float()")
 
 
 def _advice(model: nn.Module, example: Inputs, error: BaseException) -> str:

@@ -27,7 +27,8 @@ from vbdcompress.exporting.onnx_file import TOLERANCE, export_onnx
 from vbdcompress.exporting.preprocessing import check_pixels
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode
-from vbdcompress.originals import check_model, copy_of, unwrap
+from vbdcompress.originals import check_model, check_storable, copy_of, unwrap
+from vbdcompress.parametrized import store_weights_
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
@@ -240,10 +241,7 @@ def _check(
             if batches is not None:
                 for given, _ in islice(batches, 1):
                     check_pixels(given, sources.input)
-    if config.int8 and len(outputs) != 1:
-        raise ConfigError("int8", "is for networks with one output.")
-    if (config.bits != "32" or config.pack) and any(p.dtype == torch.float64 for p in model.parameters()):
-        raise ConfigError("bits, pack", "need single precision, this is torch.float64.", "model.float()")
+    check_storable(model, samples, int8=config.int8, packed=config.bits != "32" or bool(config.pack))
     by_label = judge.loss is cross_entropy
     if by_label or judge.follows(config):
         output = check_logits(model, samples, by_label=by_label)
@@ -276,13 +274,6 @@ def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
             f"in eval mode, outputs for the same inputs differ by {difference:.1g} from call to call.",
             "Noise and dropout are for training: F.dropout(x, training=self.training), or an nn.Dropout.",
         )
-    for name, value in model.state_dict().items():
-        if not isinstance(value, torch.Tensor):  # what a module's get_extra_state gives
-            raise ConvertError(
-                "convert",
-                f"state_dict entry '{name}' is a {type(value).__name__}, allowed are tensors.",
-                "Keep what get_extra_state gives in a buffer.",
-            )
     return outputs
 
 
@@ -293,6 +284,7 @@ def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:
-    """Size of the network that came in; its bytes are those of its own ONNX file."""
-    check = export_onnx(model, path, samples, input_name=input_name)
-    return replace(measure_size(model, first(samples, 2)), bytes=check.bytes)
+    """Size of the network that came in, as its own ONNX file holds it."""
+    bytes_ = export_onnx(model, path, samples, input_name=input_name).bytes
+    store_weights_(stored := copy_of(model))
+    return replace(measure_size(stored, first(samples, 2)), bytes=bytes_)

@@ -9,17 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vbdcompress.compare import EXACT, as_double, double_copy, flatten_output, in_double, relative_difference
+from vbdcompress.compare import (
+    EXACT,
+    as_double,
+    double_copy,
+    flatten_output,
+    forget_graph_,
+    in_double,
+    relative_difference,
+)
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.data.loaders import seed_generators
 from vbdcompress.errors import ConfigError, SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors, named_batch_of_one
-from vbdcompress.originals import forget_graph_
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
-from vbdcompress.surgery.liveness import plan_removal_
+from vbdcompress.surgery.liveness import other_sizes, plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
@@ -92,10 +99,13 @@ def _cut(
         gated: masked, float64, on the CPU.
     """
     probes = _probes_for(gated, converted.example)
+    others = other_sizes(gated, probes[0])
     for fold in (True, False):
         model = replace(converted, model=gated).plain(chosen, round_to)
         try:
-            plan = plan_removal_(model, converted.scan.removable, probes[0], fold=fold, round_to=round_to)
+            plan = plan_removal_(
+                model, converted.scan.removable, probes[0], fold=fold, round_to=round_to, others=others
+            )
             apply_plan_(model, plan)
             difference = _difference(gated, model, probes[1])
         except TRACE_ERRORS as error:
@@ -105,7 +115,8 @@ def _cut(
                 "This is a defect: please report it. Until then: --skip the layers at fault.",
             ) from error
         if difference <= EXACT:
-            return model, plan  # else what looked constant on the probes was not: once more without folding
+            return model, plan.storing(converted.stored)
+        # else what looked constant on the probes was not: once more without folding
     raise SlimError(
         "slim",
         f"the cut network differs from the masked one by {difference:.1g} of the largest output.",

@@ -122,13 +122,14 @@ class Workplace:
         Another threshold, budget or fine-tuning keeps the fits before it and drops what came after.
 
         Raises:
-            FitError: network, data or another option differ from the run that is to go on.
+            FitError: network, data or another option differ from the run that is to go on, or the folder
+                holds files of such names that no run left there.
         """
         if self.folder is None:
             return
         path = self.folder / IDENTITY_FILE
-        if self.resume and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+        before = self._identity_of_last(path)
+        if self.resume and before is not None:
             told = {key: value for key, value in identity.items() if key in before or key not in LATER}
             differing = sorted(key for key, value in told.items() if not _same(key, value, before.get(key)))
             fatal = [key for key in differing if key not in CUT | FINETUNING | WRITING]
@@ -140,10 +141,31 @@ class Workplace:
             stale = _steps_after(set(differing), identity)
         else:
             stale = [*FIRST_STEPS, *SECOND_STEPS, FINETUNE]
-        for step in stale:  # by name: the folder may hold checkpoints of the user's own
+        for step in stale:  # by name: the folder may hold other files of the user's own
             for name in (f"{step}.ckpt", f"{step}.choice.json"):
                 (self.folder / name).unlink(missing_ok=True)
         write_text(path, json.dumps(identity))
+
+    def _identity_of_last(self, path: Path) -> dict[str, Any] | None:
+        """Of the run that left its checkpoints here; None where none did. Raises FitError: see `claim`."""
+        assert self.folder is not None
+        steps = [*FIRST_STEPS, *SECOND_STEPS, FINETUNE]
+        foreign = [f"{step}.ckpt" for step in steps if (self.folder / f"{step}.ckpt").exists()]
+        if path.exists():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                before = None
+            if isinstance(before, dict) and {"network", "data"} <= before.keys():
+                return before
+            foreign = [IDENTITY_FILE]
+        if foreign:
+            raise FitError(
+                "checkpoints",
+                f"'{self.folder}' holds {foreign[0]}, which no run of vbdcompress left there.",
+                "Give a folder of its own.",
+            )
+        return None
 
     def checkpoint(self, step: str) -> FitCheckpoint | None:
         """The checkpoint of one step of the run; None where nothing is kept."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor, nn
 
+    from vbdcompress.conversion import Converted
     from vbdcompress.records import LayerSize
     from vbdcompress.surgery.groups import ChannelGroup
 
@@ -62,7 +63,7 @@ def command(
         raise ConfigError("inspect", "the file does not say the shape of its input.", "--input-shape 3,32,32")
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     converted = convert(loaded.model, example, mode, skip=skip, prune_inputs=prune_inputs)
-    layers, opened = _measure_layers(loaded.model, converted.model, example)
+    layers, opened = _measure_layers(loaded.model, converted, example)
     macs = {row.name: row.macs for row in (*opened, *layers)}
     content = {
         "file": file.name,
@@ -82,14 +83,16 @@ def command(
 
 
 def _measure_layers(
-    model: "nn.Module", converted: "nn.Module", example: "Tensor"
+    model: "nn.Module", converted: "Converted", example: "Tensor"
 ) -> "tuple[tuple[LayerSize, ...], ...]":
-    """The layers as they are, and as they are named where attention is to be cut."""
+    """The layers as they are, and as they are named where attention is to be cut, or weights are stored."""
     from vbdcompress.attention import Opened, open_attention_
     from vbdcompress.count import layer_sizes
+    from vbdcompress.parametrized import store_weights_
 
     opened = copy.deepcopy(model)
-    names = [name for name, module in converted.named_modules() if isinstance(module, Opened)]
+    store_weights_(opened, converted.stored)
+    names = [name for name, module in converted.model.named_modules() if isinstance(module, Opened)]
     open_attention_(opened, names)
     return layer_sizes(model, example), layer_sizes(opened, example)
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from vbdcompress.attention import Opened, open_attention_
 from vbdcompress.count import layer_sizes, uncounted_ops
 from vbdcompress.inputs import Inputs, example_shape, names_of, tensors_of
+from vbdcompress.parametrized import store_weights_
 from vbdcompress.precision import Rounding
 from vbdcompress.records import (
     CurvePoint,
@@ -232,8 +234,11 @@ def _error_table(errors: ErrorRecord) -> dict[str, Any]:
 def _layer_rows(original: nn.Module, slim: nn.Module, example: Inputs) -> list[dict[str, Any]]:
     after = {row.name: row for row in layer_sizes(slim, example)}
     opened = {name for name, module in slim.named_modules() if isinstance(module, Opened)}
-    if opened:  # its layers have other names
+    computed = [name for name, module in original.named_modules() if is_parametrized(module)]
+    stored = [name for name in computed if not is_parametrized(slim.get_submodule(name))]
+    if opened or stored:  # its layers have other names
         original = copy.deepcopy(original)
+        store_weights_(original, stored)
         open_attention_(original, opened)
     rows = []
     for row in layer_sizes(original, example):

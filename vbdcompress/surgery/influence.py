@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vbdcompress.compare import forget_graph_
 from vbdcompress.inputs import Inputs, call, tensors_of
 from vbdcompress.surgery.groups import TRACE_ERRORS, GroupScan
 from vbdcompress.surgery.weights import Mixing, is_mixing, layer_widths
@@ -84,8 +85,12 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
     """
     try:
         found = find_influences(trial, inputs)
-    except TRACE_ERRORS:
-        return replace(scan, groups=tuple(replace(group, foldable=False) for group in scan.groups))
+    except TRACE_ERRORS:  # nothing is known: every weight may be read elsewhere
+        layers = frozenset(name for name, module in trial.named_modules() if is_mixing(module))
+        groups = [replace(group, foldable=False) for group in scan.groups]
+        return replace(scan, groups=tuple(groups), read_elsewhere=layers)
+    finally:
+        forget_graph_(trial)
     writers: dict[str, set[str]] = {}
     for group in scan.groups:
         for member in group.readers:
@@ -142,7 +147,7 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.found = model, found
         self.names: dict[int, set[str]] = {}
-        self.alive: list[StorageWeakRef] = []  # whose numbers are not given to others
+        self.alive: list[StorageWeakRef | Tensor] = []  # whose numbers are not given to others
         self.running: list[str] = []
         self.looked = False
         self.weights: dict[int, str] = {}
@@ -156,7 +161,8 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             number = _number(tensor)
             if number not in self.names:
-                self.alive.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+                plain = tensor.layout == torch.strided
+                self.alive.append(StorageWeakRef(tensor.untyped_storage()) if plain else tensor)  # type: ignore[no-untyped-call]
             self.names[number] = names | (set() if anew else self.names.get(number, set()))
 
     def of(self, tensors: Iterable[Tensor]) -> set[str]:
@@ -239,6 +245,8 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _number(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided:  # a sparse tensor has no storage of its own
+        return id(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -5,16 +5,17 @@ then it is a constant, which goes into the bias of its readers. Both are found f
 alone; the one thing measured is the value of that constant behind norms and activations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from vbdcompress.inputs import Inputs, call, input_of
-from vbdcompress.surgery.groups import NOT_HERE, ChannelGroup, Member
+from vbdcompress.inputs import Inputs, call, input_of, map_tensors, tensors_of
+from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, Member
 from vbdcompress.surgery.plan import plan_removed
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.surgery.weights import (
@@ -38,6 +39,7 @@ class _Liveness:
     model: nn.Module
     groups: tuple[ChannelGroup, ...]
     example: Inputs
+    others: Sequence[Inputs]
     removed: dict[str, set[int]] = field(default_factory=dict)
     new_biases: set[str] = field(default_factory=set)
 
@@ -50,6 +52,7 @@ def plan_removal_(
     *,
     fold: bool = True,
     round_to: int = 1,
+    others: Sequence[Inputs] = (),
 ) -> RemovalPlan:
     """What can be cut from a masked network; folds constants into biases, in place.
 
@@ -60,8 +63,9 @@ def plan_removal_(
         example: a batch of inputs, to measure constants on: as unlike each other as can be.
         fold: whether constants may be folded at all.
         round_to: of each group as many dead channels stay, now all 0, as make a multiple of this.
+        others: more batches, of other sizes: a constant is the same on them, too.
     """
-    state = _Liveness(model, tuple(groups), example)
+    state = _Liveness(model, tuple(groups), example, others)
     state.removed = {group.name: set() for group in state.groups}
     while _remove_unread(state) or (fold and _fold_constants(state)):
         pass
@@ -153,7 +157,7 @@ def _fold_constants(state: _Liveness) -> bool:
 
 
 def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
-    """Reader -> smallest and largest value of each input position over the example batch."""
+    """Reader -> smallest and largest value of each input position over the example and the other batches."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     readers = {member.layer for group in state.groups for member in group.readers}
 
@@ -175,11 +179,51 @@ def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
             )
         )
     try:
-        call(state.model, state.example)
+        for inputs in (state.example, *state.others):
+            call(state.model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+@torch.no_grad()
+def other_sizes(model: nn.Module, example: Inputs) -> list[Inputs]:
+    """The example in other sizes that the network takes: half as long, or twice, in what may be lengths.
+
+    A sum over a length makes a constant that is another one at another length.
+
+    Args:
+        model: in eval mode.
+        example: a batch of inputs.
+    """
+    found = []
+    for size in sorted({n for tensor in tensors_of(example) for n in tensor.shape[1:] if n > 1}):
+        for change in (partial(_halved, size=size), partial(_doubled, size=size)):
+            other = map_tensors(example, change)
+            try:
+                call(model, other)
+            except TRACE_ERRORS:
+                continue  # a size that is fixed, as numbers of channels are
+            found.append(other)
+            break
+    return found
+
+
+def _halved(tensor: Tensor, size: int) -> Tensor:
+    for dim in _dims_of(tensor, size):
+        tensor = tensor.narrow(dim, 0, size // 2)
+    return tensor.contiguous()
+
+
+def _doubled(tensor: Tensor, size: int) -> Tensor:
+    for dim in _dims_of(tensor, size):
+        tensor = torch.cat([tensor, tensor], dim)
+    return tensor
+
+
+def _dims_of(tensor: Tensor, size: int) -> Iterator[int]:
+    return (dim for dim in range(1, tensor.dim()) if tensor.shape[dim] == size)
 
 
 def _fold_channels(

@@ -83,20 +83,32 @@ def match(tensor: Tensor, dim: int, flows: Sequence[Flow], cotangent: Tensor) ->
     """(positions, places) of one reading, and the places of single channels that work on many positions.
 
     First all sources at once: most positions come from one channel of one of them. What comes from
-    several, as in a sum, is looked at source by source, and then channel by channel. A source of one channel
-    that is spread over others, as a map of where to look, ties none of them: it stays when they go.
+    several, as in a sum, is looked at source by source, and then channel by channel. What works on all
+    positions at once where each comes from a channel of another source, too, ties none of these, and stays
+    when they go: a map of where to look, the shares of a mixture.
     """
     if not flows:
         return [], []
     matched, rest = _match_single(flows, cotangent, dim, range(tensor.shape[dim]))
-    spread = []
+    spread, meeting = list[Place](), list[tuple[Flow, tuple[list[int], list[Place]]]]()
+    single: dict[int, set[int]] = {
+        position: set() for position in rest
+    }  # the sources that it is one channel of
     for flow in flows:
         more, left = _match_single([flow], cotangent, dim, rest) if len(flows) > 1 else ([], rest)
         if len(more) > 1 and flow.source.dim is not None and flow.source.count == 1:
             spread.append(flow.source.place(0))
             continue
         matched += more
-        matched += _components(tensor, dim, flow, left, cotangent)
+        for (position,), _ in more:
+            single[position].add(id(flow))
+        meeting += [(flow, found) for found in _components(tensor, dim, flow, left, cotangent)]
+    for flow, (positions, places) in meeting:
+        others = all(single.get(position, set()) - {id(flow)} for position in positions)
+        if others and 1 < len(positions) == tensor.shape[dim]:
+            spread += places
+        else:
+            matched.append((positions, places))
     return matched, spread
 
 

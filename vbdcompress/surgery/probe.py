@@ -8,7 +8,7 @@ the network's code moves its channels about: nothing is said of operations by na
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,26 +16,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
+from vbdcompress.surgery.smooth import Smooth
 from vbdcompress.surgery.weights import shares
 
 Role = Literal["mixing", "between", "opaque"]
-# Their derivative is 0 on half of their range, or beyond a bound
-_CLIPPING = {
-    *(torch.relu, torch.Tensor.relu, nn.functional.relu, nn.functional.relu6, nn.functional.hardtanh),
-    *(nn.functional.hardswish, nn.functional.hardsigmoid, nn.functional.threshold),
-    *(torch.clamp, torch.Tensor.clamp, torch.clamp_min, torch.Tensor.clamp_min),
-    *(torch.clip, torch.Tensor.clip, torch.clamp_max, torch.Tensor.clamp_max),
-}
-_CLIPPING_ = {
-    *(torch.relu_, torch.Tensor.relu_, torch.Tensor.clamp_, torch.Tensor.clamp_min_),
-    *(torch.clamp_, torch.clamp_min_, torch.clip_, torch.Tensor.clip_, torch.clamp_max_),
-    torch.Tensor.clamp_max_,
-}
+# What torch says of operations without a derivative, or without a second one
+_NO_DERIVATIVE = ("derivative for", "double backward", "differentiate twice")
+NO_DERIVATIVE = "what lies behind it has no second derivative, from which its channels could be told"
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,8 @@ class Reading:
             from: ([positions], [places]).
         places: all that reach it.
         bare: names of bare parameters that work on the way, not channel by channel.
-        spread: places of single channels that work on many of its positions at once.
+        spread: places of channels that work on many of its positions at once.
+        blocked: why it can't be told which positions come from which places; empty where it can.
     """
 
     layer: str
@@ -60,6 +52,7 @@ class Reading:
     places: list[Place]
     bare: list[str]
     spread: list[Place]
+    blocked: str = ""
 
 
 @dataclass
@@ -79,29 +72,6 @@ class Recording:
     bare: dict[int, str] = field(default_factory=dict)
     buffers: set[int] = field(default_factory=set)
     sources: dict[int, Source] = field(default_factory=dict)
-
-
-class _Smooth(TorchFunctionMode):
-    """Activations that clip become a scaling, attention a sum: what depends on what stays the same."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention and not (kwargs or {}).get("enable_gqa"):
-            return _attend(*args, **(kwargs or {}))
-        if func in _CLIPPING_ or (func in _CLIPPING and (kwargs or {}).get("inplace")):
-            return args[0].mul_(0.9)
-        if func in _CLIPPING and args[0].is_floating_point():
-            return args[0] * 0.9
-        return func(*args, **(kwargs or {}))
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-) -> Tensor:
-    """Each channel of a head's output from all of its query and key, and its own of the value; cheaply."""
-    scores = query.sum(-1, keepdim=True) + key.sum((-1, -2))[..., None, None]
-    if attn_mask is not None and attn_mask.is_floating_point():
-        scores = scores + attn_mask.sum(-1, keepdim=True)
-    return scores + value.sum(-2, keepdim=True)
 
 
 def record(
@@ -133,7 +103,7 @@ def record(
     keep_copies = saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
     traced = _patched(model, roles, found), sdpa_kernel(SDPBackend.MATH)
     with torch.enable_grad(), _leaf_buffers(bare if buffers else [], found), traced[0], traced[1]:
-        with _Smooth(), keep_copies:
+        with Smooth(), keep_copies:
             outputs = call(model, example)
         for tensor in _tensors(outputs):
             _read(found, "", "opaque", tensor, -1)
@@ -246,16 +216,42 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
     sources = [found.sources[id(leaf)] for leaf in leaves if id(leaf) in found.sources]
     bare = [leaf for leaf in leaves if id(leaf) in found.bare]
     reading = Reading(layer, role, width, [], [], [], [])
+    if sources or bare:
+        try:
+            _trace_positions(found, reading, tensor, dim, sources, bare)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NO_DERIVATIVE):
+                raise
+            every = [source.place(channel) for source in sources for channel in range(source.count)]
+            reading = Reading(layer, role, width, [], every, [], [], NO_DERIVATIVE)
+        told = reading.positions or reading.spread or reading.bare or reading.blocked
+        if role == "mixing" and reading.places and not told:
+            reading = replace(reading, blocked=NO_DERIVATIVE)
     found.readings.append(reading)
-    if not sources and not bare:
-        return
+    if (sources or bare) and layer and not tensor.is_leaf and not tensor._is_view():
+        tensor.detach_().requires_grad_()
+        found.sources[id(tensor)] = Source("reads", layer, tensor, None if role == "opaque" else dim)
+        if role == "opaque" and reading.places:
+            reading.positions.append(([0], reading.places))
+
+
+def _trace_positions(
+    found: Recording,
+    reading: Reading,
+    tensor: Tensor,
+    dim: int,
+    sources: Sequence[Source],
+    bare: Sequence[Tensor],
+) -> None:
+    """Fill in where a reading comes from. Raises RuntimeError where derivatives are wanting."""
     cotangent = torch.randn_like(tensor).requires_grad_()
     wanted = [*(source.values for source in sources), *bare]
     slopes = torch.autograd.grad(tensor, wanted, cotangent, create_graph=True, allow_unused=True)
     for leaf, slope in zip(bare, slopes[len(sources) :], strict=True):
         if slope is not None and bool(slope.any()):
             name = found.bare[id(leaf)]
-            held = None if role == "opaque" else match_parameter(name, leaf, slope, cotangent, dim)
+            opaque = reading.role == "opaque"
+            held = None if opaque else match_parameter(name, leaf, slope, cotangent, dim)
             if held is None and id(leaf) not in found.buffers:
                 reading.bare.append(name)
             elif held is not None:
@@ -267,15 +263,10 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
         reading.places.extend(source.place(channel) for channel in reaching)
         if slope is not None and reaching:
             flows.append(Flow(source, slope))
-    if role != "opaque":
+    if reading.role != "opaque":
         matched, spread = match(tensor, dim, flows, cotangent)
         reading.positions.extend(matched)
         reading.spread.extend(spread)
-    if layer and not tensor.is_leaf and not tensor._is_view():
-        tensor.detach_().requires_grad_()
-        found.sources[id(tensor)] = Source("reads", layer, tensor, None if role == "opaque" else dim)
-        if role == "opaque" and reading.places:
-            reading.positions.append(([0], reading.places))
 
 
 def _leaves_of(tensor: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Cutting positions out of layers, in place, and the plan that says which."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from vbdcompress.attention import open_attention_
 from vbdcompress.errors import SlimError
 from vbdcompress.gather import GatherLinear
+from vbdcompress.parametrized import store_weights_
 from vbdcompress.surgery.weights import keeps_groups_apart, shares
 
 
@@ -27,6 +28,7 @@ class LayerCut:
             wider than what it reads; None reads it as it comes.
         new_bias: a bias is added to a layer that had none, to hold constants of removed inputs.
         opened: the module is attention, replaced by the same with its layers in the open.
+        stored: what its parametrizations computed are plain weights.
         attributes: new values of numbers that the module keeps beside its layers, such as num_heads.
         parameters: own parameter -> (dimension, kept positions).
     """
@@ -36,6 +38,7 @@ class LayerCut:
     gather: tuple[int, ...] | None = None
     new_bias: bool = False
     opened: bool = False
+    stored: bool = False
     attributes: Mapping[str, int] | None = None
     parameters: Mapping[str, tuple[int, Sequence[int]]] | None = None
 
@@ -45,6 +48,11 @@ class RemovalPlan:
     """Layer by layer what stays: enough to cut a freshly built original network to the slim one."""
 
     cuts: Mapping[str, LayerCut]
+
+    def storing(self, names: Iterable[str]) -> "RemovalPlan":
+        """The same plan, for a network whose modules of these names have parametrizations."""
+        cuts = {name: replace(self.cuts.get(name, LayerCut()), stored=True) for name in names}
+        return RemovalPlan({**self.cuts, **cuts})
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain JSON types; leaves out what is not cut."""
@@ -79,6 +87,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
     Raises:
         SlimError: the plan names a layer, or a position, that the network does not have.
     """
+    store_weights_(model, [name for name, cut in plan.cuts.items() if cut.stored])
     open_attention_(model, {name for name, cut in plan.cuts.items() if cut.opened})
     for name, cut in plan.cuts.items():
         try:

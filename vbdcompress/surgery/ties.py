@@ -1,5 +1,7 @@
 """Which channels go together: those that meet at one position of anything; and what keeps them whole."""
 
+from collections import Counter
+
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -10,6 +12,7 @@ from vbdcompress.surgery.weights import keeps_groups_apart, shares
 
 OUTPUT = "no layer reads it: it is an output of the network"
 _SPREAD = "its one channel works on all channels of others"
+_SHARED = "its channels work on all channels of others"
 
 
 class Ties:
@@ -49,11 +52,14 @@ class Ties:
             reason = _why_opaque(model.get_submodule(reading.layer)) if reading.layer else OUTPUT
         elif isinstance(model.get_submodule(reading.layer), GatherLinear):
             reason = "its reader picks single features of it by a gather"
+        elif reading.blocked:
+            reason = reading.blocked
         elif reading.bare:
             reason = f"bare parameter '{reading.bare[0]}' works on its channels"
         if reason is not None:
             self.reasons += [(place, reason) for place in reading.places]
-        self.reasons += [(place, _SPREAD) for place in reading.spread]
+        together = Counter(place[:2] for place in reading.spread)
+        self.reasons += [(p, _SPREAD if together[p[:2]] == 1 else _SHARED) for p in reading.spread]
         if reading.role == "mixing":
             before = self.from_network_input.get(reading.layer, True)
             self.from_network_input[reading.layer] = before and not reading.places and not reading.bare

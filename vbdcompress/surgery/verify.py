@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vbdcompress.compare import EXACT, as_double, double_copy, flatten_output, in_double, relative_difference
+from vbdcompress.compare import (
+    EXACT,
+    as_double,
+    double_copy,
+    flatten_output,
+    forget_graph_,
+    in_double,
+    relative_difference,
+)
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
 from vbdcompress.surgery.groups import (
@@ -30,6 +38,7 @@ from vbdcompress.surgery.walk import shared_parameters, tensor_of
 from vbdcompress.surgery.weights import Index, Mixing, scale_inputs_
 
 TRIAL_SHARE = 0.3
+_WRITTEN_SIZE = "a size is written in its code; in what torch.export makes of the network it may follow"
 
 
 def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, seed: int = 0) -> GroupScan:
@@ -53,6 +62,7 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
 
 def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: bool, seed: int) -> GroupScan:
     traced = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
+    forget_graph_(trial)  # what its forward keeps of a call, it could not be copied with
     traced = heed_influences(trial, inputs, traced)
     scan = _try_scan(trial, inputs, traced, seed)
     groups: list[ChannelGroup] = []
@@ -229,7 +239,10 @@ def _try_groups(
         apply_plan_(trial, plan_removal_(trial, groups, inputs))
         found = flatten_output(call(trial, inputs))
     except TRACE_ERRORS as error:
-        return f"the network can't run without some of its channels: {type(error).__name__}: {error}"
+        fixed = "is invalid for input of size" in str(error) or "unflatten" in str(error)
+        return f"the network can't run without some of its channels: {type(error).__name__}: {error}" + (
+            f" ({_WRITTEN_SIZE})" if fixed else ""
+        )
     difference = relative_difference(expected, found)
     if difference > EXACT:
         return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"

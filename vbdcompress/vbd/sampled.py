@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vbdcompress.parametrized import own_class_
 from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior, sample
 
 
@@ -64,7 +65,7 @@ def detach_sampled_(module: nn.Module, name: str) -> None:
     parametrization = module.parametrizations[name][0]  # type: ignore[index]
     assert isinstance(parametrization, SampledWeight)
     kept = parametrization.masked_theta().detach().clone()
-    _own_class_(module)
+    own_class_(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
         getattr(module, name).copy_(kept)
@@ -73,13 +74,6 @@ def detach_sampled_(module: nn.Module, name: str) -> None:
             module._parameters[earlier] = module._parameters.pop(earlier)
     if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
         module._flat_weights = _read_weights(module)
-
-
-def _own_class_(module: nn.Module) -> None:
-    """A class of its own: a deep copy shares its original's, from which torch would delete the parameter."""
-    shared = type(module)
-    content = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, content)
 
 
 def _read_weights(module: nn.RNNBase) -> list[Any]:

@@ -1,0 +1,43 @@
+"""Operations in whose place the probe looks at others, with derivatives that hide nothing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Their derivative is 0 on half of their range, or beyond a bound
+_CLIPPING = {
+    *(torch.relu, torch.Tensor.relu, nn.functional.relu, nn.functional.relu6, nn.functional.hardtanh),
+    *(nn.functional.hardswish, nn.functional.hardsigmoid, nn.functional.threshold),
+    *(torch.clamp, torch.Tensor.clamp, torch.clamp_min, torch.Tensor.clamp_min),
+    *(torch.clip, torch.Tensor.clip, torch.clamp_max, torch.Tensor.clamp_max),
+}
+_CLIPPING_ = {
+    *(torch.relu_, torch.Tensor.relu_, torch.Tensor.clamp_, torch.Tensor.clamp_min_),
+    *(torch.clamp_, torch.clamp_min_, torch.clip_, torch.Tensor.clip_, torch.clamp_max_),
+    torch.Tensor.clamp_max_,
+}
+
+
+class Smooth(TorchFunctionMode):
+    """Activations that clip become a scaling, attention a sum: what depends on what stays the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and not (kwargs or {}).get("enable_gqa"):
+            return _attend(*args, **(kwargs or {}))
+        if func in _CLIPPING_ or (func in _CLIPPING and (kwargs or {}).get("inplace")):
+            return args[0].mul_(0.9)
+        if func in _CLIPPING and args[0].is_floating_point():
+            return args[0] * 0.9
+        return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    """Each channel of a head's output from all of its query and key, and its own of the value; cheaply."""
+    scores = query.sum(-1, keepdim=True) + key.sum((-1, -2))[..., None, None]
+    if attn_mask is not None and attn_mask.is_floating_point():
+        scores = scores + attn_mask.sum(-1, keepdim=True)
+    return scores + value.sum(-2, keepdim=True)
