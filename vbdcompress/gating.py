@@ -14,7 +14,7 @@ from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
-from vbdcompress.surgery.weights import Mixing, keeps_groups_apart, scale_inputs_
+from vbdcompress.surgery.weights import Mixing, Table, keeps_groups_apart, scale_inputs_
 from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
 
 _SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
@@ -92,6 +92,8 @@ def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupSc
         return "; ".join(f"'{group.name}' stays whole: {group.whole_because}" for group in reads)
     if isinstance(module, _BatchNorm) or keeps_groups_apart(module):
         return "follows its group"
+    if isinstance(module, Table):
+        return "reads no channels; its columns follow their group"
     if isinstance(module, nn.Linear | _ConvNd):
         return "reads the input, or what no prunable layer writes"
     return "not a layer with separable input channels"

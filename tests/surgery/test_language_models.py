@@ -57,7 +57,7 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "decoder": {
         **{f"layers.{n}.q_proj": HEADS for n in range(2)},  # pairs of heads, with their keys
         **{f"layers.{n}.gate_proj": 40 for n in range(2)},
-        "layers.0.o_proj": "mixes",
+        "embed_tokens": "mixes",
     },
 }
 EXPECTED |= {f"encoder_{kind}": EXPECTED["encoder"] for kind in ("fused", "shaped", "scaled")}

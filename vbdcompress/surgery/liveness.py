@@ -20,6 +20,7 @@ from vbdcompress.surgery.plan import plan_removed
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.surgery.weights import (
     Index,
+    Mixing,
     effect_of,
     layer_widths,
     unread_inputs,
@@ -95,6 +96,12 @@ def _behind_channels(state: _Liveness, features: ChannelGroup) -> set[int]:
     return behind - {NOT_HERE}
 
 
+def _writer(model: nn.Module, member: Member) -> Mixing:
+    layer = model.get_submodule(member.layer)
+    assert isinstance(layer, Mixing)
+    return layer
+
+
 def _layer(model: nn.Module, member: Member) -> nn.Linear | _ConvNd:
     layer = model.get_submodule(member.layer)
     assert isinstance(layer, nn.Linear | _ConvNd)
@@ -131,7 +138,7 @@ def _remove_unread(state: _Liveness) -> bool:
 def _silence(model: nn.Module, group: ChannelGroup, channels: Index) -> None:
     """Set to 0 what writes removed channels: nothing reads them, and their own inputs may die in turn."""
     for member in group.writers:
-        zero_outputs_(_layer(model, member), member.positions(channels).tolist())
+        zero_outputs_(_writer(model, member), member.positions(channels).tolist())
 
 
 def _fold_constants(state: _Liveness) -> bool:
@@ -140,7 +147,7 @@ def _fold_constants(state: _Liveness) -> bool:
     for group in state.groups:
         if group.is_features or not group.foldable:
             continue
-        zero_at = [(m, unwritten_outputs(_layer(state.model, m))) for m in group.writers]
+        zero_at = [(m, unwritten_outputs(_writer(state.model, m))) for m in group.writers]
         found = _channels_with_all_zero(group, zero_at)
         gone = state.removed[group.name]
         candidates = np.array([c for c in found if int(c) not in gone], dtype=np.int64)

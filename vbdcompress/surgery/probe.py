@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
 from vbdcompress.surgery.smooth import Smooth
-from vbdcompress.surgery.weights import shares
+from vbdcompress.surgery.weights import Table, shares
 
 Role = Literal["mixing", "between", "opaque"]
 # What torch says of operations without a derivative, or without a second one
@@ -153,7 +153,8 @@ def _patched(model: nn.Module, roles: dict[str, Role | None], found: Recording) 
 
 def _wrap(name: str, module: nn.Module, role: Role, found: Recording) -> Callable[..., Any]:
     compute = module.forward
-    linear = isinstance(module, nn.Linear)
+    last = -1 if isinstance(module, nn.Linear | Table) else 1
+    table = isinstance(module, Table)
 
     def between(*args: Any, **kwargs: Any) -> Any:
         _read(found, name, role, input_of(args, kwargs), 1)
@@ -167,15 +168,15 @@ def _wrap(name: str, module: nn.Module, role: Role, found: Recording) -> Callabl
 
     def cut(*args: Any, **kwargs: Any) -> Any:
         given = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
-        for tensor in given[:1] if role == "mixing" else given:
-            _read(found, name, role, tensor, -1 if linear else 1)
+        for tensor in given[:1] if role == "mixing" and not table else given:
+            _read(found, name, "opaque" if table else role, tensor, last)  # a table's may weigh its rows
         with torch.no_grad():
             computed = compute(*args, **kwargs)
         if role == "opaque":
             return tree_map(lambda item: item.detach() if isinstance(item, Tensor) else item, computed)
         # positive, so that roots and logarithms stay defined
         leaf = (0.5 + torch.rand_like(computed)).requires_grad_()
-        dim = computed.dim() - 1 if linear else 1
+        dim = last % computed.dim()
         found.written[name] = computed.shape[dim]
         found.sources[id(leaf)] = Source("writes", name, leaf, dim)
         return leaf * 1.0  # no leaf itself: what follows may work in place

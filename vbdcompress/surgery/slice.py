@@ -14,7 +14,7 @@ from vbdcompress.attention import open_attention_
 from vbdcompress.errors import SlimError
 from vbdcompress.gather import GatherLinear
 from vbdcompress.parametrized import store_weights_
-from vbdcompress.surgery.weights import keeps_groups_apart, shares
+from vbdcompress.surgery.weights import Table, keeps_groups_apart, shares
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
         return
     if isinstance(layer, nn.Linear):
         _cut_linear_(layer, cut)
+    elif isinstance(layer, Table):
+        _select_(layer, "weight", 1, cut.outputs)
+        layer.embedding_dim = layer.weight.shape[1]
     elif isinstance(layer, _ConvNd):
         _cut_conv_(layer, cut)
     elif isinstance(layer, _BatchNorm | _InstanceNorm | nn.PReLU):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-Mixing = nn.Linear | _ConvNd
+# Their columns are channels; what they read, rows by number, are none
+Table = nn.Embedding | nn.EmbeddingBag
+Mixing = nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag
 Index = npt.NDArray[np.int64]
 
 
@@ -22,7 +24,12 @@ def keeps_groups_apart(module: object) -> bool:
 
 
 def is_mixing(module: object) -> bool:
-    """Layers whose outputs read all inputs, or all of their group: they write one group and read another."""
+    """Layers whose outputs read all inputs, or all of their group: they write one group and read another.
+
+    A table of embeddings writes one, unless it keeps its rows to a norm, which is of all columns.
+    """
+    if isinstance(module, Table):
+        return module.max_norm is None
     return isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not keeps_groups_apart(module))
 
 
@@ -30,6 +37,8 @@ def shares(layer: Mixing) -> tuple[int, int, int]:
     """(groups, inputs in each, outputs in each)."""
     if isinstance(layer, nn.Linear):
         return 1, layer.weight.shape[1], layer.weight.shape[0]
+    if isinstance(layer, Table):
+        return 1, layer.weight.shape[0], layer.weight.shape[1]
     first, second = layer.weight.shape[:2]
     if isinstance(layer, _ConvTransposeNd):
         return layer.groups, first // layer.groups, second
@@ -61,7 +70,7 @@ def by_input(layer: Mixing) -> Tensor:
     weight = layer.weight.detach()
     if not weight.is_contiguous():  # channels last
         layer.weight.data = weight = weight.contiguous()
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, _ConvTransposeNd | Table):
         return weight.view(groups, inputs, outputs, -1)
     return weight.view(groups, outputs, inputs, -1).transpose(1, 2)
 
@@ -88,8 +97,8 @@ def zero_outputs_(layer: Mixing, positions: Sequence[int]) -> None:
     where = torch.as_tensor(positions, dtype=torch.int64, device=layer.weight.device)
     weight = by_input(layer).transpose(1, 2)
     weight[where // weight.shape[1], where % weight.shape[1]] = 0.0
-    if layer.bias is not None:
-        layer.bias.data[where] = 0.0
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.data[where] = 0.0  # type: ignore[union-attr, operator]
 
 
 def scale_inputs_(layer: Mixing, factors: Tensor) -> None:
