@@ -90,7 +90,7 @@ def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupSc
         return scan.failure
     if reads:
         return "; ".join(f"'{group.name}' stays whole: {group.whole_because}" for group in reads)
-    if isinstance(module, _BatchNorm) or keeps_groups_apart(module):
+    if isinstance(module, _BatchNorm | nn.GroupNorm) or keeps_groups_apart(module):
         return "follows its group"
     if isinstance(module, Table):
         return "reads no channels; its columns follow their group"

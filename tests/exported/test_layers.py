@@ -131,7 +131,7 @@ EXPECTED: dict[Any, dict[str, int | str]] = {
         "block.linear2": "LayerNorm mixes",
         "q": 4,
         "fused": 4,
-        "proj": "GroupNorm mixes",
+        "out": "bare parameter 'gru.",  # its group norm is no bar
     },
 }
 

@@ -79,6 +79,32 @@ def group_norm() -> nn.Module:
     return Pattern(forward, a=conv(3, 8), norm=nn.GroupNorm(4, 8), b=conv(8, 5), head=nn.Linear(5, 4))
 
 
+def group_norm_of_one() -> nn.Module:
+    model = group_norm()
+    model.norm = nn.GroupNorm(1, 8)
+    return model
+
+
+def group_norm_over_a_stream() -> nn.Module:
+    """As diffusion networks have it: norms of groups of 3 and of 2, on channels that a sum ties."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        x = x + m.c(m.second(m.b(m.first(x).relu())).relu())
+        return m.head(pool(m.last(x).relu()))
+
+    return Pattern(
+        forward,
+        a=conv(3, 12),
+        first=nn.GroupNorm(4, 12),
+        b=conv(12, 10),
+        second=nn.GroupNorm(5, 10, affine=False),
+        c=conv(10, 12),
+        last=nn.GroupNorm(6, 12),
+        head=nn.Linear(12, 4),
+    )
+
+
 def instance_norm_and_prelu() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.one(m.norm(m.a(x)))
@@ -116,7 +142,9 @@ CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (encoder, {"a": "LayerNorm mixes", "block.linear1": 16, "block.self_attn.q": 2}),
     (fused_qkv, {"a": 12, "attn.qkv": 3}),
     (dict_of_outputs, {"a": 6, "one": "output of the network", "b": 5}),
-    (group_norm, {"a": "GroupNorm mixes", "b": 5}),
+    (group_norm, {"a": 4, "b": 5}),
+    (group_norm_of_one, {"a": "GroupNorm mixes", "b": 5}),
+    (group_norm_over_a_stream, {"a": 2, "b": 5}),
     (instance_norm_and_prelu, {"a": 8, "b": 6, "c": 5}),
     (recurrent, {"a": "LSTM mixes", "fc": 6}),
 ]

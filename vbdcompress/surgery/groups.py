@@ -206,6 +206,8 @@ def _role_of(module: nn.Module) -> Role | None:
 def _is_per_channel(module: Any) -> bool:
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
+    if isinstance(module, nn.GroupNorm):  # each of its groups goes whole, the others don't notice
+        return module.num_groups > 1
     return keeps_groups_apart(module) or isinstance(module, _BatchNorm | _InstanceNorm)
 
 

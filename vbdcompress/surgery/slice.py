@@ -122,6 +122,8 @@ def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
         if cut.outputs is not None:
             field = "num_parameters" if isinstance(layer, nn.PReLU) else "num_features"
             setattr(layer, field, len(cut.outputs))
+    elif isinstance(layer, nn.GroupNorm):
+        _cut_group_norm_(layer, cut)
     else:
         raise SlimError("slim", f"does not know how to cut a {type(layer).__name__}.")
     if cut.new_bias and getattr(layer, "bias", None) is None:
@@ -141,6 +143,14 @@ def _cut_linear_(layer: nn.Linear, cut: LayerCut) -> None:
     elif cut.gather is not None:
         layer.__class__ = GatherLinear
         layer.register_buffer("input_index", torch.tensor(cut.gather, device=layer.weight.device))
+
+
+def _cut_group_norm_(layer: nn.GroupNorm, cut: LayerCut) -> None:
+    kept = layer.num_channels if cut.outputs is None else len(cut.outputs)
+    _select_(layer, "weight", 0, cut.outputs)
+    _select_(layer, "bias", 0, cut.outputs)
+    layer.num_groups = layer.num_groups * kept // layer.num_channels
+    layer.num_channels = kept
 
 
 def _cut_conv_(layer: _ConvNd, cut: LayerCut) -> None:

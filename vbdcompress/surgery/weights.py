@@ -50,7 +50,7 @@ def layer_widths(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Mixing):
         groups, inputs, outputs = shares(layer)
         return groups * inputs, groups * outputs
-    for name in ("num_features", "num_parameters"):
+    for name in ("num_features", "num_parameters", "num_channels"):
         if isinstance(width := getattr(layer, name, None), int):
             return width, width
     raise TypeError(f"{type(layer).__name__} has no channels")
