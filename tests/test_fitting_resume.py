@@ -1,10 +1,12 @@
 """fit: a fit that was cut off goes on as if it had not been."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,14 @@ IMAGES = torch.randn(12, 5, 6, 6, generator=torch.Generator().manual_seed(8))
 LABELS = torch.arange(12) % 3
 
 
+class Noisy(TensorDataset):
+    """Augments by the generators of Python and numpy, in the main process."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return image + random.random() + float(np.random.rand()), label
+
+
 def make_loader(kind: str) -> Any:
     if kind == "tensors":
         return TensorBatches(IMAGES, LABELS, 4, shuffle=True, augment="crop-flip", seed=2)
@@ -70,6 +80,8 @@ def make_loader(kind: str) -> Any:
         options = {"sampler": EpochSampler()}
     elif kind == "generator":
         options |= {"generator": torch.Generator().manual_seed(0)}
+    if kind == "noisy":
+        return DataLoader(Noisy(IMAGES, LABELS), batch_size=4)
     return DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4, **options)
 
 
@@ -97,7 +109,7 @@ def timeless(rows: Any) -> list[EpochRow]:
     return [replace(row, seconds=0.0, examples_per_second=0.0) for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["tensors", "loader", "generator", "sampler"])
+@pytest.mark.parametrize("kind", ["tensors", "loader", "generator", "sampler", "noisy"])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_fit_resumed_equals_an_unbroken_one(tmp_path: Path, convert: Convert, kind: str, stop: int) -> None:
     unbroken = run(make_model(convert), make_loader(kind), None)

@@ -2,10 +2,13 @@
 
 import copy
 import math
+import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
@@ -81,8 +84,7 @@ def fit(
     fabric = start_fabric(config)
     for batches in (loader, validation):
         check_repeatable(batches)
-    forked = torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else [])
-    with forked, compiled_code(config), named_loss_of_a_process(fabric):
+    with _forked_noise(fabric), compiled_code(config), named_loss_of_a_process(fabric):
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         shown = _first_inputs(placed) if has_layout(model) else None
@@ -128,6 +130,18 @@ def fit(
     forget_graph_(model)
     model.eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero)
+
+
+@contextmanager
+def _forked_noise(fabric: Fabric) -> Iterator[None]:
+    """A fit seeds all generators that a loader may draw from; afterwards they are as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _check_finite(epoch: int, nll: float, kl: float, model: nn.Module, saved: int) -> None:

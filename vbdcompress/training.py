@@ -1,10 +1,12 @@
 """One epoch of a fit: the steps, their rates and seeds, and who is told of them."""
 
 import math
+import random
 import time
 from collections.abc import Iterator, Sized
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -83,7 +85,10 @@ class EpochRunner:
         fabric, config = self.fabric, self.config
         # Of (seed, epoch, rank) alone, so that a resumed fit draws what an unbroken one would
         seed = config.seed * 1_000_003 + epoch
-        torch.manual_seed(seed * 4096 + fabric.global_rank)
+        own = seed * 4096 + fabric.global_rank
+        torch.manual_seed(own)
+        random.seed(own)  # these two for data sets that augment by them
+        np.random.seed(own % 2**32)
         seed_generators(self.batches, seed)  # the order is one for all processes
         set_epoch(self.batches, epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
