@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from vbdcompress.inputs import Inputs, call, input_of, map_tensors, tensors_of
+from vbdcompress.inputs import Inputs, call, first, input_of, map_tensors, tensors_of
 from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, Member
 from vbdcompress.surgery.plan import plan_removed
 from vbdcompress.surgery.slice import RemovalPlan
@@ -196,7 +196,7 @@ def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def other_sizes(model: nn.Module, example: Inputs) -> list[Inputs]:
-    """The example in other sizes that the network takes: half as long, or twice, in what may be lengths.
+    """Two examples in other sizes that the network takes: half as long, or twice, in what may be lengths.
 
     A sum over a length makes a constant that is another one at another length.
 
@@ -207,7 +207,7 @@ def other_sizes(model: nn.Module, example: Inputs) -> list[Inputs]:
     found = []
     for size in sorted({n for tensor in tensors_of(example) for n in tensor.shape[1:] if n > 1}):
         for change in (partial(_halved, size=size), partial(_doubled, size=size)):
-            other = map_tensors(example, change)
+            other = map_tensors(first(example, 2), change)
             try:
                 call(model, other)
             except TRACE_ERRORS:
