@@ -2,8 +2,9 @@
 
 import pytest
 
-from vbdcompress.cli.options import read_config
+from vbdcompress.cli.options import read_config, told_normalisation
 from vbdcompress.errors import ConfigError
+from vbdcompress.records import InputSpec
 
 
 @pytest.fixture
@@ -34,3 +35,22 @@ def test_a_file_that_is_wrong_is_named_alone(file):
     file.write_text("epoch = 3")
     with pytest.raises(ConfigError, match=r"^config file '.*run\.toml': option 'epoch' is unknown"):
         read_config("run", file, {"lr": 1e-3})
+
+
+def spec(mean=(), shape=(3, 16, 16)):
+    return InputSpec(shape, mean, mean)
+
+
+@pytest.mark.parametrize(
+    ("given", "of_file", "told"),
+    [
+        (None, None, None),
+        (spec((0.5,), ()), None, spec((0.5,), ())),
+        (None, spec((0.4,)), spec((0.4,))),
+        (None, spec(), spec()),
+        (spec((0.5,), ()), spec((0.4,)), spec((0.5,))),
+        (spec((0.5,), ()), spec(), spec((0.5,))),
+    ],
+)
+def test_told_normalisation_keeps_the_shape_of_the_file(given, of_file, told):
+    assert told_normalisation(given, of_file) == told

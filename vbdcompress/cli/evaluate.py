@@ -89,7 +89,7 @@ def command(
     )
     for note in dataset.notes:
         click.echo(f"Warning: {note}", err=True)
-    if normalisation is None:
+    if normalisation is None or not normalisation.mean:
         click.echo(f"Warning: {guessed_normalisation(dataset.input)}", err=True)
     examples = len(dataset.train) + len(dataset.validation)
     if split == "validation" and not (validation or held_out(network.validation, examples)):

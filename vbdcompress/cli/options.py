@@ -3,6 +3,7 @@
 import ast
 import types
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -154,12 +155,15 @@ def parse_normalisation(mean: str | None, std: str | None) -> InputSpec | None:
 
 
 def told_normalisation(given: InputSpec | None, of_file: InputSpec | None) -> InputSpec | None:
-    """What the command says of the inputs' normalisation, else the file; None where neither does.
+    """Mean and std as the command says them, else the file; the shape is the file's in both cases.
 
-    A network that was compressed from Python without `input=` has a file that says the shape alone.
+    Returns:
+        None where neither says anything; without a mean where only the file speaks and says the shape alone,
+        as that of a network that was compressed from Python without `input=` does.
     """
-    spec = given or of_file
-    return spec if spec is not None and spec.mean else None
+    if given is None or of_file is None:
+        return given or of_file
+    return replace(given, shape=of_file.shape)
 
 
 def guessed_normalisation(taken: InputSpec) -> str:

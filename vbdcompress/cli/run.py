@@ -189,7 +189,8 @@ class _Reading:
 
     def _notes(self, loaded: "Loaded", data: "DataSet") -> tuple[str, ...]:
         """What the user must know of how the data were read."""
-        if told_normalisation(self.normalisation, loaded.input):
+        told = told_normalisation(self.normalisation, loaded.input)
+        if told is not None and told.mean:
             return data.notes
         return (guessed_normalisation(data.input), *data.notes)
 

@@ -100,8 +100,8 @@ def load_data(
     Args:
         name: "digits", a torchvision set, a folder of class folders, or an .npz file.
         root: where torchvision's sets lie or are downloaded to.
-        normalisation: mean and std that the network was trained with; None measures them on the
-            training images, for each channel, after scaling pixels to [0, 1].
+        normalisation: shape, mean and std that the network was trained with; without a mean, it and std are
+            measured on the training images, for each channel, after scaling pixels to [0, 1].
         validation_fraction, validation_seed: the split of the training data.
         validation_path: a folder or .npz of validation data instead; then nothing is split off.
         image_size: that a folder's images are resized to; None takes what the network was trained on, where
