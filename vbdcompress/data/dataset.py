@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vbdcompress.data.batches import CROP_PADDING, Augment, TensorBatches
-from vbdcompress.data.sources import RawImages, read_source
+from vbdcompress.data.raw import RawImages
+from vbdcompress.data.sources import read_source
 from vbdcompress.errors import DataError
 from vbdcompress.records import InputSpec
 

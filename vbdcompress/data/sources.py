@@ -1,7 +1,6 @@
 """Named data sets as raw tensors: digits, torchvision's classification sets, folders, .npz files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vbdcompress.data.folders import read_folder
+from vbdcompress.data.raw import RawImages, RawSet
 from vbdcompress.errors import DataError
-
-MAX_FOLDER_BYTES = 8 * 2**30
-
-
-@dataclass(frozen=True)
-class RawImages:
-    """Images as they come, before normalisation.
-
-    Attributes:
-        images: [n, channels, height, width], 0 to `scale`.
-        labels: [n] int64.
-        scale: the value of a fully bright pixel: 255, 16 for digits, 1 for floats.
-    """
-
-    images: Tensor
-    labels: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
-class RawSet:
-    """A data set's training part, its test part where it has one, and its classes."""
-
-    train: RawImages
-    test: RawImages | None
-    classes: tuple[str, ...]
 
 
 def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
@@ -59,7 +34,7 @@ def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
     if path.suffix == ".npz" and path.is_file():
         return _read_npz(path)
     if path.is_dir():
-        return _read_folder(path, image_size)
+        return read_folder(path, image_size)
     known = ["digits", *TORCHVISION_SETS]
     near = get_close_matches(name.lower(), known, n=1)
     raise DataError(
@@ -182,48 +157,3 @@ def _npz_part(where: str, images: np.ndarray[Any, Any], labels: np.ndarray[Any, 
     scale = 255.0 if images.dtype == np.uint8 else 1.0
     tensor = torch.from_numpy(images if scale == 255.0 else images.astype(np.float32))
     return RawImages(_channels_first(tensor), torch.from_numpy(labels.astype(np.int64)), scale)
-
-
-def _read_folder(path: Path, image_size: int | None) -> RawSet:
-    """ROOT/train/CLASS/image and ROOT/test (or val), or just ROOT/CLASS/image with no test part."""
-    parts = [part for part in ("test", "val") if (path / part).is_dir()]
-    if not (path / "train").is_dir():
-        if parts:
-            raise DataError(f"data set '{path}'", f"has a folder '{parts[0]}' but no 'train'.")
-        train, classes = _read_image_folder(path, image_size)
-        return RawSet(train, None, classes)
-    train, classes = _read_image_folder(path / "train", image_size)
-    if not parts:
-        return RawSet(train, None, classes)
-    test, test_classes = _read_image_folder(path / parts[0], image_size)
-    if test_classes != classes:
-        raise DataError(f"data set '{path}'", f"train has classes {classes}, {parts[0]} has {test_classes}.")
-    return RawSet(train, test, classes)
-
-
-def _read_image_folder(path: Path, image_size: int | None) -> tuple[RawImages, tuple[str, ...]]:
-    from torchvision import datasets
-    from torchvision.transforms import v2
-
-    where = f"data set '{path}'"
-    steps: list[Any] = [v2.ToImage()]
-    if image_size is not None:
-        steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
-    try:
-        folder = datasets.ImageFolder(str(path), transform=v2.Compose(steps))
-        first = folder[0][0]
-        if first.numel() * len(folder) > MAX_FOLDER_BYTES:
-            raise DataError(
-                where,
-                f"{len(folder)} images of {tuple(first.shape)} are more than {MAX_FOLDER_BYTES >> 30} GiB.",
-                "Use compress(model, loader) with a loader that reads them as it goes.",
-            )
-        images = torch.stack([folder[item][0].as_subclass(Tensor) for item in range(len(folder))])
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            where,
-            f"can't be read as a folder of class folders: {error}",
-            "Images of one size: --image-size N",
-        ) from error
-    labels = torch.tensor(folder.targets, dtype=torch.int64)
-    return RawImages(images, labels, 255.0), tuple(folder.classes)

@@ -1,0 +1,81 @@
+"""Reading folders of images, good and bad."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vbdcompress.data.folders import read_folder
+from vbdcompress.errors import DataError
+
+
+def write_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (4, 4)) -> None:
+    """PNGs of one colour for each class: ROOT/CLASS/N.png, its red is class and number."""
+    for place, (name, count) in enumerate(classes.items()):
+        (root / name).mkdir(parents=True)
+        for item in range(count):
+            Image.new("RGB", size, (100 * place + item, 7, 9)).save(root / name / f"{item}.png")
+
+
+def test_read_folder_without_parts(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 3, "dog": 2})
+    found = read_folder(tmp_path, None)
+    assert found.classes == ("cat", "dog")
+    assert found.test is None
+    assert found.train.images.shape == (5, 3, 4, 4)
+    assert found.train.images.dtype == torch.uint8
+    assert found.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101]
+    assert found.train.images[:, 1:, 0, 0].unique(dim=0).tolist() == [[7, 9]]
+    assert found.train.labels.tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["test", "val", None])
+def test_read_folder_with_parts(tmp_path: Path, part: str | None) -> None:
+    write_folder(tmp_path / "train", {"cat": 2, "dog": 1})
+    if part:
+        write_folder(tmp_path / part, {"cat": 1, "dog": 4})
+    found = read_folder(tmp_path, None)
+    assert len(found.train.labels) == 3
+    assert (found.test.labels.tolist() if found.test else None) == ([0, 1, 1, 1, 1] if part else None)
+
+
+def test_read_folder_resizes_to_one_size(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", {"cat": 1, "dog": 1}, size=(9, 5))
+    write_folder(tmp_path / "b", {"cat": 1, "dog": 1}, size=(5, 12))
+    (tmp_path / "a" / "cat" / "0.png").rename(tmp_path / "b" / "cat" / "other.png")
+    with pytest.raises(DataError, match="--image-size"):
+        read_folder(tmp_path / "b", None)
+    assert read_folder(tmp_path / "b", 6).train.images.shape == (3, 3, 6, 6)
+
+
+def test_read_folder_refuses_other_classes_in_the_test_part(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 1, "dog": 1})
+    write_folder(tmp_path / "test", {"cat": 1, "owl": 1})
+    with pytest.raises(DataError, match=r"'dog'.*'owl'"):
+        read_folder(tmp_path, None)
+
+
+def test_read_folder_refuses_a_test_part_without_training_part(tmp_path: Path) -> None:
+    write_folder(tmp_path / "test", {"cat": 1})
+    write_folder(tmp_path / "val", {"cat": 1})
+    with pytest.raises(DataError, match="no 'train'"):
+        read_folder(tmp_path, None)
+
+
+def test_read_folder_refuses_what_holds_no_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="folder of class folders"):
+        read_folder(tmp_path, None)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="folder of class folders"):
+        read_folder(tmp_path, None)
+    (tmp_path / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"no image")
+    with pytest.raises(DataError, match="folder of class folders"):
+        read_folder(tmp_path, None)
+
+
+def test_read_folder_refuses_more_than_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path, {"cat": 3})
+    monkeypatch.setattr("vbdcompress.data.folders.MAX_FOLDER_BYTES", 100)
+    with pytest.raises(DataError, match=r"3 images of \(3, 4, 4\) are more than"):
+        read_folder(tmp_path, None)

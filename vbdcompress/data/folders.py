@@ -1,0 +1,57 @@
+"""Folders of images: ROOT/CLASS/image, or ROOT/train/CLASS/image."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdcompress.data.raw import RawImages, RawSet
+from vbdcompress.errors import DataError
+
+MAX_FOLDER_BYTES = 8 * 2**30
+
+
+def read_folder(path: Path, image_size: int | None) -> RawSet:
+    """ROOT/train/CLASS/image and ROOT/test (or val), or just ROOT/CLASS/image with no test part."""
+    parts = [part for part in ("test", "val") if (path / part).is_dir()]
+    if not (path / "train").is_dir():
+        if parts:
+            raise DataError(f"data set '{path}'", f"has a folder '{parts[0]}' but no 'train'.")
+        train, classes = _read_image_folder(path, image_size)
+        return RawSet(train, None, classes)
+    train, classes = _read_image_folder(path / "train", image_size)
+    if not parts:
+        return RawSet(train, None, classes)
+    test, test_classes = _read_image_folder(path / parts[0], image_size)
+    if test_classes != classes:
+        raise DataError(f"data set '{path}'", f"train has classes {classes}, {parts[0]} has {test_classes}.")
+    return RawSet(train, test, classes)
+
+
+def _read_image_folder(path: Path, image_size: int | None) -> tuple[RawImages, tuple[str, ...]]:
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    where = f"data set '{path}'"
+    steps: list[Any] = [v2.ToImage()]
+    if image_size is not None:
+        steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
+    try:
+        folder = datasets.ImageFolder(str(path), transform=v2.Compose(steps))
+        first = folder[0][0]
+        if first.numel() * len(folder) > MAX_FOLDER_BYTES:
+            raise DataError(
+                where,
+                f"{len(folder)} images of {tuple(first.shape)} are more than {MAX_FOLDER_BYTES >> 30} GiB.",
+                "Use compress(model, loader) with a loader that reads them as it goes.",
+            )
+        images = torch.stack([folder[item][0].as_subclass(Tensor) for item in range(len(folder))])
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            where,
+            f"can't be read as a folder of class folders: {error}",
+            "Images of one size: --image-size N",
+        ) from error
+    labels = torch.tensor(folder.targets, dtype=torch.int64)
+    return RawImages(images, labels, 255.0), tuple(folder.classes)
