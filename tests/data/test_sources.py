@@ -68,6 +68,19 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "object_labels": ({"labels": LABELS.astype(object)}, "allow_pickle=False"),
     "object_images": ({"images": GREY.astype(object)}, "allow_pickle=False"),
     "int_images": ({"images": GREY.astype(np.int64)}, "images are int64, must be uint8"),
+    "float_bytes": ({"images": GREY.astype(np.float32)}, r"images run from \d+ to 2\d\d, must be uint8"),
+    "float_grey_levels": (
+        {"images": GREY.astype(np.float64) // 16},
+        "images run from 0 to 15, must be uint8",
+    ),
+    "float_bytes_to_test_on": (
+        {"test_images": GREY.astype(np.float16), "test_labels": LABELS},
+        r"test_images run from \d+ to 2\d\d, must be uint8",
+    ),
+    "int_images_to_test_on": (
+        {"test_images": GREY.astype(np.int64), "test_labels": LABELS},
+        "test_images are int64, must be uint8",
+    ),
     "fewer_labels": ({"labels": LABELS[:5]}, r"\(6, 5, 7\) and labels \(5,\)"),
     "one_hot_labels": ({"labels": np.eye(6, dtype=int)}, r"labels \(6, 6\)"),
     "scalar_labels": ({"labels": np.array(3)}, r"labels \(\)"),
@@ -86,6 +99,18 @@ def test_read_npz_says_what_is_wrong(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read_source(str(tmp_path / "bad.npz"), None, None)
     assert "bad.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [GREY / 255 * 1.1, (GREY / 255 - 0.13) / 0.3, GREY - 128.0],
+    ids=["overshot", "by_deviation", "by_mean"],
+)
+def test_read_npz_takes_floats_that_are_normalised_already(tmp_path: Path, images: np.ndarray) -> None:
+    np.savez(tmp_path / "set.npz", images=images, labels=LABELS)
+    found = read_source(str(tmp_path / "set.npz"), None, None).train
+    np.testing.assert_allclose(found.images.numpy()[:, 0], images, rtol=1e-5)
+    assert found.scale == 1.0
 
 
 @pytest.mark.parametrize("missing", ["images", "labels"])

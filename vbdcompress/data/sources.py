@@ -1,9 +1,9 @@
 """Named data sets as raw tensors: digits, torchvision's classification sets, folders, .npz files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -14,6 +14,11 @@ from torch import Tensor
 from vbdcompress.data.folders import read_folder
 from vbdcompress.data.raw import RawImages, RawSet
 from vbdcompress.errors import DataError
+
+# Of floats from 0 to 1, with what resizing and added noise put on top
+LARGEST_PIXEL = 2.0
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
@@ -134,26 +139,44 @@ def _read_npz(path: Path) -> RawSet:
     if len(test_keys) == 1:
         raise DataError(where, f"holds {sorted(test_keys)}, needs both 'test_images' and 'test_labels'.")
     if test_keys:
-        test = _npz_part(where, arrays["test_images"], arrays["test_labels"])
-    train = _npz_part(where, arrays["images"], arrays["labels"])
+        test = _npz_part(where, arrays, "test_images", "test_labels")
+    train = _npz_part(where, arrays, "images", "labels")
     count = int(train.labels.max()) + 1 if len(train.labels) else 0
     names = arrays.get("classes", np.arange(count))
     return RawSet(train, test, tuple(str(item) for item in names))
 
 
-def _npz_part(where: str, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> RawImages:
+def _npz_part(where: str, arrays: Mapping[str, Array], images_key: str, labels_key: str) -> RawImages:
+    images, labels = arrays[images_key], arrays[labels_key]
     if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
         raise DataError(
             where,
-            f"images have shape {images.shape} and labels {labels.shape}; allowed are "
+            f"{images_key} have shape {images.shape} and {labels_key} {labels.shape}; allowed are "
             "[n, h, w], [n, h, w, c] or [n, c, h, w] beside [n].",
         )
     if images.ndim == 4 and not {images.shape[1], images.shape[3]} & {1, 3, 4}:
-        raise DataError(where, f"images have shape {images.shape}; allowed are 1, 3 or 4 channels.")
+        raise DataError(where, f"{images_key} have shape {images.shape}; allowed are 1, 3 or 4 channels.")
     if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(where, f"labels are {labels.dtype}, must be integers.")
+        raise DataError(where, f"{labels_key} are {labels.dtype}, must be integers.")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise DataError(where, f"images are {images.dtype}, must be uint8 (0 to 255) or floats (0 to 1).")
+        raise DataError(
+            where, f"{images_key} are {images.dtype}, must be uint8 (0 to 255) or floats (0 to 1)."
+        )
+    if images.dtype != np.uint8 and images.size:
+        _check_floats(where, images_key, float(images.min()), float(images.max()))
     scale = 255.0 if images.dtype == np.uint8 else 1.0
     tensor = torch.from_numpy(images if scale == 255.0 else images.astype(np.float32))
     return RawImages(_channels_first(tensor), torch.from_numpy(labels.astype(np.int64)), scale)
+
+
+def _check_floats(where: str, key: str, lowest: float, highest: float) -> None:
+    """Raise DataError for pixels that are not scaled to [0, 1]; those normalised already go below 0."""
+    if lowest < 0 or not LARGEST_PIXEL < highest < np.inf:
+        return
+    raise DataError(
+        where,
+        f"{key} run from {lowest:g} to {highest:g}, must be uint8 (0 to 255) or floats (0 to 1).",
+        "Store bytes as uint8, or divide by the value of a fully bright pixel, 255 for bytes. If the network "
+        "was trained on them undivided, divide its --mean and --std by the same (none: --mean 0 "
+        "--std 0.00392157 for bytes).",
+    )
