@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -79,3 +80,54 @@ def test_read_folder_refuses_more_than_fits(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("vbdcompress.data.folders.MAX_FOLDER_BYTES", 100)
     with pytest.raises(DataError, match=r"3 images of \(3, 4, 4\) are more than"):
         read_folder(tmp_path, None)
+
+
+GREYS = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4369  # 17 times 257, so that bytes hold them exactly
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [("0.png", GREYS), ("0.tif", GREYS), ("0.tiff", GREYS.astype(">u2")), ("0.TIF", GREYS.astype(np.int32))],
+    ids=["png", "tiff", "tiff_big_endian", "tiff_of_32_bits"],
+)
+def test_read_folder_scales_16_bits_to_8(tmp_path: Path, name: str, images: np.ndarray) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(images).save(tmp_path / "cat" / name)
+    (found,) = read_folder(tmp_path, None).train.images
+    assert (found == torch.arange(0, 256, 17).reshape(4, 4)).all()
+
+
+def test_read_folder_scales_a_pgm_of_16_bits(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.pgm").write_bytes(b"P5 4 4 65535\n" + GREYS.astype(">u2").tobytes())
+    assert (read_folder(tmp_path, None).train.images[0] == torch.arange(0, 256, 17).reshape(4, 4)).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (GREYS / np.float32(65535), "holds floats; allowed are 8 or 16 bits"),
+        (GREYS.astype(np.int32) * 2, "holds values from 0 to 131070, allowed are 0 to 65535"),
+        (GREYS.astype(np.int32) - 9, "holds values from -9 to 65526"),
+    ],
+)
+def test_read_folder_refuses_images_that_no_byte_holds(
+    tmp_path: Path, images: np.ndarray, message: str
+) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(images).save(tmp_path / "cat" / "strange.tif")
+    with pytest.raises(DataError, match=rf"strange\.tif.*{message}"):
+        read_folder(tmp_path, None)
+
+
+def test_read_folder_reads_colours_and_greys_as_rgb(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    pixel = {"1": 1, "L": 60, "P": 3, "RGBA": (60, 70, 80, 9), "CMYK": (0, 255, 255, 0), "LA": (60, 7)}
+    for number, (mode, value) in enumerate(pixel.items()):
+        Image.new(mode, (2, 2), value).save(tmp_path / "cat" / f"{number}.tif")
+    expected = [
+        Image.new(mode, (1, 1), value).convert("RGB").getpixel((0, 0)) for mode, value in pixel.items()
+    ]
+    found = read_folder(tmp_path, None).train.images
+    assert [tuple(image) for image in found[:, :, 0, 0].tolist()] == expected
+    assert (found == found[:, :, :1, :1]).all()

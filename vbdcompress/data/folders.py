@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vbdcompress.data.raw import RawImages, RawSet
 from vbdcompress.errors import DataError
 
 MAX_FOLDER_BYTES = 8 * 2**30
+# A fully bright pixel of 16 bits, and what makes it 255
+BRIGHTEST_16, OF_16_TO_8 = 65535, 257
 
 
 def read_folder(path: Path, image_size: int | None) -> RawSet:
@@ -38,7 +42,7 @@ def _read_image_folder(path: Path, image_size: int | None) -> tuple[RawImages, t
     if image_size is not None:
         steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
     try:
-        folder = datasets.ImageFolder(str(path), transform=v2.Compose(steps))
+        folder = datasets.ImageFolder(str(path), transform=v2.Compose(steps), loader=_read_image)
         first = folder[0][0]
         if first.numel() * len(folder) > MAX_FOLDER_BYTES:
             raise DataError(
@@ -55,3 +59,19 @@ def _read_image_folder(path: Path, image_size: int | None) -> tuple[RawImages, t
         ) from error
     labels = torch.tensor(folder.targets, dtype=torch.int64)
     return RawImages(images, labels, 255.0), tuple(folder.classes)
+
+
+def _read_image(path: str) -> Image.Image:
+    """In RGB of 8 bits; Pillow alone would clip 16 bits, and floats from 0 to 1, to white and to black."""
+    with Image.open(path) as image:
+        if image.mode == "F":
+            raise DataError(f"file '{path}'", "holds floats; allowed are 8 or 16 bits for each channel.")
+        if not image.mode.startswith("I"):
+            return image.convert("RGB")
+        values = np.asarray(image)
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < 0 or highest > BRIGHTEST_16:
+        raise DataError(
+            f"file '{path}'", f"holds values from {lowest} to {highest}, allowed are 0 to {BRIGHTEST_16}."
+        )
+    return Image.fromarray((values / OF_16_TO_8).round().astype(np.uint8)).convert("RGB")
