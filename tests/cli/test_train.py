@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vbdcompress.errors import FitError
 from vbdcompress.progress import FitProgress
@@ -105,6 +106,30 @@ def test_train_that_fails_at_once_leaves_nothing(cli, tmp_path):
     code, _, err = cli(*TRAIN, "--lr", "1e30", "--out", tmp_path / "net.pt")
     assert (code, "not finite" in err) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+NETWORK = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+"""
+
+
+def write_images(folder):
+    for name, grey in (("cat", 60), ("dog", 200)):
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (4, 4), (grey + number, grey, grey)).save(folder / name / f"{number}.png")
+
+
+def test_train_warns_of_a_folder_that_it_does_not_read(cli, tmp_path):
+    for part in ("train", "val", "test"):
+        write_images(tmp_path / "images" / part)
+    (tmp_path / "mine.py").write_text(NETWORK)
+    given = ["--data", tmp_path / "images", "--epochs", "1", "--out", tmp_path / "net.pt"]
+    code, printed, err = cli("train", f"{tmp_path / 'mine.py'}:build", *given)
+    assert (code, "val' was not read" in " ".join(printed.split())) == (0, True), err
 
 
 def trained_by_two(*arguments):

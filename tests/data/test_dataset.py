@@ -111,6 +111,15 @@ def test_load_data_resizes_to_what_the_network_was_trained_on_where_that_is_squa
     assert load_data(other, normalisation=trained, image_size=7).input.shape == (3, 7, 7)
 
 
+def test_load_data_notes_a_folder_that_it_does_not_read_unless_it_is_asked_for(tmp_path: Path) -> None:
+    for part in ("train", "test", "val"):
+        write_folder(tmp_path / part, ["a", "b"], (4, 4))
+    (note,) = load_data(str(tmp_path)).notes
+    assert f"'{tmp_path / 'val'}' was not read" in note
+    asked = load_data(str(tmp_path), validation_path=str(tmp_path / "val"))
+    assert (asked.notes, len(asked.train), len(asked.validation)) == ((), 8, 8)
+
+
 def test_load_data_refuses_classes_that_stand_elsewhere_in_the_network(tmp_path: Path) -> None:
     path = write_folder(tmp_path, ["cat", "dog"], (4, 4))
     assert load_data(path, classes=("cat", "dog", "yak")).classes == ("cat", "dog")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import PILToTensor
 
 from vbdcompress.data.folders import read_folder
 from vbdcompress.errors import DataError
@@ -71,7 +73,7 @@ def test_read_folder_refuses_what_holds_no_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="folder of class folders"):
         read_folder(tmp_path, None)
     (tmp_path / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"no image")
-    with pytest.raises(DataError, match="folder of class folders"):
+    with pytest.raises(DataError, match=r"file '.*0\.png': can't be read as an image"):
         read_folder(tmp_path, None)
 
 
@@ -131,3 +133,73 @@ def test_read_folder_reads_colours_and_greys_as_rgb(tmp_path: Path) -> None:
     found = read_folder(tmp_path, None).train.images
     assert [tuple(image) for image in found[:, :, 0, 0].tolist()] == expected
     assert (found == found[:, :, :1, :1]).all()
+
+
+def test_read_folder_passes_over_what_is_hidden(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 2, "dog": 1})
+    write_folder(tmp_path / "test", {"cat": 1, "dog": 1})
+    for hidden in (".thumbs", "train/.ipynb_checkpoints", "train/cat/.thumbs"):
+        (tmp_path / hidden).mkdir()
+        Image.new("RGB", (4, 4), (255, 7, 9)).save(tmp_path / hidden / "0.png")
+    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"of another system")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    found = read_folder(tmp_path, None)
+    assert found.classes == ("cat", "dog")
+    assert found.train.labels.tolist() == [0, 0, 1]
+    assert found.train.images[:, 0, 0, 0].tolist() == [0, 1, 100]
+    assert read_folder(tmp_path / "train", None).classes == ("cat", "dog")
+
+
+def test_read_folder_goes_through_files_as_torchvision_does(tmp_path: Path) -> None:
+    for place, name in enumerate(
+        ["b/a/9.png", "b/1.png", "b/a!/3.jpg", "b/a/10.BMP", "B/2.png", "a/x/y/0.webp"]
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2), (40 * place, 0, 0)).save(path)
+    theirs = ImageFolder(str(tmp_path), transform=PILToTensor())
+    ours = read_folder(tmp_path, None)
+    assert ours.classes == tuple(theirs.classes)
+    assert ours.train.labels.tolist() == theirs.targets
+    assert torch.equal(ours.train.images, torch.stack([image for image, _ in theirs]))
+
+
+def test_read_folder_counts_empty_class_folders_and_refuses_other_files(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"ant": 0, "cat": 2})
+    found = read_folder(tmp_path, None)
+    assert (found.classes, found.train.labels.tolist()) == (("ant", "cat"), [1, 1])
+    (tmp_path / "ant" / "0.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"class 'ant' has files, but none .*\.jpg"):
+        read_folder(tmp_path, None)
+
+
+@pytest.mark.parametrize("names", [("training", "testing"), ("Train", "Test"), ("dev",)])
+def test_read_folder_refuses_parts_of_other_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_folder(tmp_path / name, {"cat": 1, "dog": 1})
+    with pytest.raises(DataError, match=rf"{', '.join(sorted(names))}.*'train' and 'test'"):
+        read_folder(tmp_path, None)
+    write_folder(tmp_path, {"carriage": 1})  # classes of trains
+    assert len(read_folder(tmp_path, None).classes) == len(names) + 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "unread"),
+    [
+        (["train", "test", "val"], ["val"]),
+        (["train", "test", "valid"], ["valid"]),
+        (["train", "validation"], ["validation"]),
+        (["train", "val"], []),  # the test part
+        (["train", "test", "labels"], []),
+    ],
+)
+def test_read_folder_notes_the_parts_that_it_does_not_read(
+    tmp_path: Path, parts: list[str], unread: list[str]
+) -> None:
+    for part in parts:
+        write_folder(tmp_path / part, {"cat": 1, "dog": 1})
+    notes = read_folder(tmp_path, None).notes
+    assert len(notes) == len(unread)
+    for note, name in zip(notes, unread, strict=True):
+        assert f"'{tmp_path / name}' was not read" in note
+        assert f"--validation {tmp_path / name}" in note

@@ -132,6 +132,7 @@ def _state_of(out: Path) -> Path:
 
 def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from vbdcompress.data import load_data
     from vbdcompress.devices import start_fabric, wait_for_all
@@ -149,7 +150,9 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
         _claim(workplace, order, model, dataset, config)
     wait_for_all(fabric)
     batch_size = config.examples_a_step(len(dataset.train))
-    console = Console()
+    console = Console(quiet=not fabric.is_global_zero)
+    for note in dataset.notes:
+        console.print(f"[yellow]Warning:[/yellow] {escape(note)}", highlight=False)
     try:
         with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
             result = fit(

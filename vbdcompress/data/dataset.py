@@ -124,6 +124,8 @@ def load_data(
             "Resize the files, or say --image-size N.",
         )
     notes = _check_classes(name, raw.classes, classes)
+    if validation_path is None:
+        notes += raw.notes
     parts = {"training": raw.train} | ({"test": raw.test} if raw.test else {})
     if validation_path is not None:
         parts["validation"] = _read_validation(validation_path, root, image_size, raw.classes)

@@ -22,8 +22,13 @@ class RawImages:
 
 @dataclass(frozen=True)
 class RawSet:
-    """A data set's training part, its test part where it has one, and its classes."""
+    """A data set's training part, its test part where it has one, and its classes.
+
+    Attributes:
+        notes: sentences that a reader must know who gives no validation data of his own.
+    """
 
     train: RawImages
     test: RawImages | None
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
