@@ -181,7 +181,7 @@ class RunConfig(FitConfig):
         False, description="Also remove input features and single flattened features of Linear layers."
     )
     augment: Literal["auto", "none", "crop", "crop-flip"] = Field(
-        "auto", description="Of training images; auto is crop-flip for CIFAR, none else."
+        "auto", description="Of training images; auto is crop-flip for cifar10 and cifar100, none else."
     )
     augment_pixels: int = Field(4, ge=0, le=4, description="Largest shift of a training image by crop.")
     validation_fraction: float = Field(

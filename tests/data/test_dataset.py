@@ -267,6 +267,8 @@ def test_batches_of_each_part(digits: DataSet) -> None:
         ("digits", "auto", "none"),
         ("cifar10", "auto", "crop-flip"),
         ("cifar100", "auto", "crop-flip"),
+        ("cifarsub", "auto", "none"),
+        ("./cifar10", "auto", "none"),
         ("svhn", "auto", "none"),
         ("mnist", "auto", "none"),
         ("cifar10", "none", "none"),

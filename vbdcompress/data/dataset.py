@@ -17,6 +17,8 @@ from vbdcompress.records import InputSpec
 MEASURED_AT_ONCE = 1000
 # Further off in mean, counted in deviations, or in their deviation, images are of another scale
 STRANGE_MEAN, STRANGE_STD = 4.0, (0.1, 3.0)
+# By name: what other sets, of paths too, hold is not known to stay in its class
+CROPPED_AND_FLIPPED = ("cifar10", "cifar100")
 # Classes that a warning names
 NAMED = 5
 # Of pixels from 0 to 1; what is said of those up to 255 is above the last
@@ -63,9 +65,9 @@ class DataSet:
         augment: Augment | Literal["auto"] = "none",
         pixels: int = CROP_PADDING,
     ) -> TensorBatches:
-        """The training examples, shuffled; augment "auto" crops and flips where that keeps the label."""
+        """The training examples, shuffled; augment "auto" crops and flips CIFAR's, which keeps the label."""
         if augment == "auto":
-            augment = "crop-flip" if self.name.startswith("cifar") else "none"
+            augment = "crop-flip" if self.name in CROPPED_AND_FLIPPED else "none"
         return TensorBatches(
             self.train.inputs,
             self.train.labels,
