@@ -1,6 +1,7 @@
 """vbdcompress train: what it writes, and how it goes on."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -112,7 +113,7 @@ NETWORK = """
 from torch import nn
 
 def build():
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.ReLU(), nn.Linear(4, 2))
 """
 
 
@@ -130,6 +131,47 @@ def test_train_warns_of_a_folder_that_it_does_not_read(cli, tmp_path):
     given = ["--data", tmp_path / "images", "--epochs", "1", "--out", tmp_path / "net.pt"]
     code, printed, err = cli("train", f"{tmp_path / 'mine.py'}:build", *given)
     assert (code, "val' was not read" in " ".join(printed.split())) == (0, True), err
+
+
+@pytest.mark.parametrize(
+    ("place", "asked", "recorded"),
+    [
+        ("photos", ".", "photos"),
+        ("photos/cat", "..", "photos"),
+        ("", "photos/", "photos"),
+        ("", "./digits", "./digits"),
+        ("", "digits/.", "./digits"),
+        ("digits", ".", "./digits"),
+    ],
+)
+def test_files_record_a_folder_by_its_name_and_never_as_a_known_set(
+    cli, tmp_path, monkeypatch, place, asked, recorded
+):
+    for folder in ("photos", "digits"):
+        write_images(tmp_path / folder)
+    (tmp_path / "mine.py").write_text(NETWORK)
+    arch, net, out = f"{tmp_path / 'mine.py'}:build", tmp_path / "net.pt", tmp_path / "out"
+    monkeypatch.chdir(tmp_path / place)
+    assert cli("train", arch, "--data", asked, "--epochs", "1", "--out", net)[0] == 0
+    assert torch.load(net, weights_only=True)["data"] == recorded
+    monkeypatch.chdir(tmp_path)  # from where the name leads to the folder
+    held = ["--arch", arch, "--split", "validation", "--json"]
+    code, printed, err = cli("evaluate", net, *held)
+    assert (code, json.loads(printed)["data"]) == (0, recorded), err
+    if asked == "./digits":
+        assert cli("run", net, "--arch", arch, "--data", asked, "--out", out, *QUICK)[0] == 0
+        assert json.loads((out / "report.json").read_text())["data"]["name"] == recorded
+        assert cli("evaluate", out, "--split", "validation")[0] == 0
+        shutil.rmtree("digits")
+        code, _, err = cli("evaluate", out, "--split", "validation")
+        assert (code, "'./digits': is neither a known name" in err, "did you mean" in err) == (1, True, False)
+
+
+def test_files_record_a_known_set_by_its_name_where_a_folder_has_it_too(cli, tmp_path, monkeypatch):
+    write_images(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert cli("train", "digits", "--data", "digits", "--epochs", "1", "--out", "net.pt")[0] == 0
+    assert torch.load("net.pt", weights_only=True)["data"] == "digits"
 
 
 def trained_by_two(*arguments):

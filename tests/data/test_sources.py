@@ -12,7 +12,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from vbdcompress.data.raw import RawImages
-from vbdcompress.data.sources import TORCHVISION_SETS, read_source
+from vbdcompress.data.sources import NAMED_SETS, read_source
 from vbdcompress.errors import DataError
 
 GENERATOR = np.random.default_rng(0)
@@ -148,7 +148,7 @@ def test_read_npz_refuses_other_formats_under_its_name(tmp_path: Path) -> None:
 def test_read_source_suggests_the_nearest_name(asked: str, meant: str) -> None:
     with pytest.raises(DataError, match=f"did you mean '{meant}'") as caught:
         read_source(asked, None, None)
-    assert all(name in str(caught.value) for name in ("digits", *TORCHVISION_SETS))
+    assert all(name in str(caught.value) for name in NAMED_SETS)
 
 
 def test_read_source_needs_a_root_for_torchvision() -> None:

@@ -169,7 +169,7 @@ class _Reading:
         if not left_out:
             split["held_out"] = False
         record = DataRecord(
-            Path(data.name).name if Path(data.name).exists() else data.name,
+            data.recorded_name,
             data.classes,
             len(data.train),
             len(data.validation),

@@ -119,11 +119,6 @@ class _Order:
     out: Path
     resume: bool
 
-    @property
-    def data_name(self) -> str:
-        """As the file records it: without the folders of this machine."""
-        return Path(self.data).name if Path(self.data).exists() else self.data
-
 
 def _state_of(out: Path) -> Path:
     """Folder of the checkpoints until the file is written."""
@@ -196,7 +191,7 @@ def _claim(
     spec = dataset.input
     parts = (dataset.train_batches(1, seed=0), dataset.validation_batches())
     digests = [part.digest() for part in parts]
-    data = (order.data_name, *(part.num_examples for part in parts), list(spec.mean), list(spec.std))
+    data = (dataset.recorded_name, *(part.num_examples for part in parts), list(spec.mean), list(spec.std))
     workplace.claim(identify_run(model, data, config, dataset.train.inputs[:1], digests=digests))
 
 
@@ -219,7 +214,7 @@ def _write(order: _Order, model: "nn.Module", dataset: "DataSet", config: "RunCo
         model.cpu(),
         order.arch,
         order.arguments,
-        order.data_name,
+        dataset.recorded_name,
         dataset.input,
         split,
         told | errors,

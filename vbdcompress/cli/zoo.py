@@ -22,7 +22,7 @@ def command(folder: Path) -> None:
     from rich.table import Table
 
     from vbdcompress.architectures import ARCHITECTURES
-    from vbdcompress.data.sources import TORCHVISION_SETS
+    from vbdcompress.data.sources import NAMED_SETS
     from vbdcompress.loading import load
 
     console = Console()
@@ -30,7 +30,7 @@ def command(folder: Path) -> None:
     console.print(
         "  and torchvision:NAME, timm:NAME, package.module:function, file.py:function", highlight=False
     )
-    console.print("[bold]Data sets[/bold]: digits, " + ", ".join(TORCHVISION_SETS), highlight=False)
+    console.print("[bold]Data sets[/bold]: " + ", ".join(NAMED_SETS), highlight=False)
     console.print("  and a folder of class folders, or an .npz of images and labels", highlight=False)
     if folder != DEFAULT_FOLDER and not folder.is_dir():
         raise ConfigError("zoo", f"'{folder}' is no folder.")

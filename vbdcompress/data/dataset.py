@@ -1,5 +1,6 @@
 """A named data set, normalised and split: what the command line trains and measures on."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vbdcompress.data.batches import CROP_PADDING, Augment, TensorBatches
 from vbdcompress.data.raw import RawImages
-from vbdcompress.data.sources import read_source
+from vbdcompress.data.sources import NAMED_SETS, read_source
 from vbdcompress.errors import DataError
 from vbdcompress.records import InputSpec
 
@@ -57,6 +58,14 @@ class DataSet:
     validation: Examples
     test: Examples | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def recorded_name(self) -> str:
+        """For files: a path without the folders of this machine, and never the name of a known set."""
+        if self.name in NAMED_SETS:
+            return self.name
+        last = Path(os.path.abspath(self.name)).name  # of "." too; links keep their own names
+        return f"./{last}" if last in NAMED_SETS else last
 
     def train_batches(
         self,

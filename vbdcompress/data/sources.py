@@ -25,7 +25,7 @@ def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
     """The raw tensors of a data set.
 
     Args:
-        name: "digits", a key of TORCHVISION_SETS, a folder of class folders, or an .npz file.
+        name: one of NAMED_SETS, a folder of class folders, or an .npz file.
         root: where torchvision keeps its sets; downloads there what is missing.
         image_size: height and width that a folder's images are resized and cropped to.
     Raises:
@@ -40,13 +40,12 @@ def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
         return _read_npz(path)
     if path.is_dir():
         return read_folder(path, image_size)
-    known = ["digits", *TORCHVISION_SETS]
-    near = get_close_matches(name.lower(), known, n=1)
+    near = get_close_matches(name.lower(), NAMED_SETS, n=1) if path.name == name else ()
     raise DataError(
         f"data set '{name}'",
         "is neither a known name, a folder of class folders nor an .npz file"
         + (f"; did you mean '{near[0]}'?" if near else "."),
-        f"Known: {', '.join(known)}",
+        f"Known: {', '.join(NAMED_SETS)}",
     )
 
 
@@ -84,6 +83,7 @@ TORCHVISION_SETS: dict[str, tuple[str, Callable[[Callable[..., Any]], Callable[[
     "svhn": ("SVHN", _by_split_name),
     "stl10": ("STL10", _by_split_name),
 }
+NAMED_SETS = ("digits", *TORCHVISION_SETS)
 
 
 def _read_torchvision(name: str, root: Path | None) -> RawSet:
