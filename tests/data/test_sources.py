@@ -87,6 +87,10 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "scalar_images": ({"images": np.array(3, np.uint8)}, r"images have shape \(\)"),
     "flat_images": ({"images": GREY.reshape(6, -1)}, r"images have shape \(6, 35\)"),
     "seven_channels": ({"images": GREY[..., None].repeat(2, -1)}, "1, 3 or 4 channels"),
+    "scalar_classes": ({"classes": np.array("cat")}, r"classes have shape \(\), must be a name for each"),
+    "table_of_classes": ({"classes": np.array([["a", "b"]])}, r"classes have shape \(1, 2\)"),
+    "classes_of_other_bytes": ({"classes": np.array([b"a", b"\xff"])}, "classes are bytes, but no UTF-8"),
+    "huge_labels": ({"labels": LABELS + 2**40}, r"labels run up to 1099511627778, allowed are 0 to 1048575"),
     "half_a_test_part": ({"test_images": GREY}, "'test_labels'"),
     "short_test_part": ({"test_images": GREY, "test_labels": LABELS[:2]}, r"labels \(2,\)"),
 }
@@ -99,6 +103,20 @@ def test_read_npz_says_what_is_wrong(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read_source(str(tmp_path / "bad.npz"), None, None)
     assert "bad.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (np.array([b"cat", "Öre".encode(), b"2"]), ("cat", "Öre", "2")),
+        (np.array([5, 6, 7]), ("5", "6", "7")),
+    ],
+)
+def test_read_npz_takes_classes_of_bytes_and_numbers(
+    tmp_path: Path, classes: np.ndarray, names: tuple[str, ...]
+) -> None:
+    np.savez(tmp_path / "set.npz", images=GREY, labels=LABELS, classes=classes)
+    assert read_source(str(tmp_path / "set.npz"), None, None).classes == names
 
 
 @pytest.mark.parametrize(

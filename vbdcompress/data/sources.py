@@ -17,6 +17,8 @@ from vbdcompress.errors import DataError
 
 # Of floats from 0 to 1, with what resizing and added noise put on top
 LARGEST_PIXEL = 2.0
+# Above what is named or trained on: labels beyond are codes of another kind
+MOST_CLASSES = 2**20
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -141,9 +143,25 @@ def _read_npz(path: Path) -> RawSet:
     if test_keys:
         test = _npz_part(where, arrays, "test_images", "test_labels")
     train = _npz_part(where, arrays, "images", "labels")
-    count = int(train.labels.max()) + 1 if len(train.labels) else 0
-    names = arrays.get("classes", np.arange(count))
-    return RawSet(train, test, tuple(str(item) for item in names))
+    highest = int(train.labels.max()) if len(train.labels) else -1
+    return RawSet(train, test, _npz_classes(where, arrays.get("classes"), highest))
+
+
+def _npz_classes(where: str, names: Array | None, highest: int) -> tuple[str, ...]:
+    if names is None:
+        if highest >= MOST_CLASSES:
+            raise DataError(
+                where,
+                f"labels run up to {highest}, allowed are 0 to {MOST_CLASSES - 1}.",
+                "Number the classes from 0; their names may stand beside them as 'classes'.",
+            )
+        return tuple(str(number) for number in range(highest + 1))
+    if names.ndim != 1:
+        raise DataError(where, f"classes have shape {names.shape}, must be a name for each class.")
+    try:
+        return tuple(item.decode() if isinstance(item, bytes) else str(item) for item in names)
+    except UnicodeDecodeError as error:
+        raise DataError(where, f"classes are bytes, but no UTF-8: {error}") from error
 
 
 def _npz_part(where: str, arrays: Mapping[str, Array], images_key: str, labels_key: str) -> RawImages:
