@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,3 +57,27 @@ def test_evaluate_reads_a_folder_at_the_size_of_the_file_whoever_says_the_mean(c
     assert ("does not say how its inputs were normalised" in err) == (not mean and not given)
     _, printed, _ = cli("evaluate", *sized(mean), *given, "--image-size", "48")
     assert json.loads(printed)["error"] == 75.0
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate", "ZOO"], ["run", "ZOO"], ["train", "digits", "--out", "new.pt"]]
+)
+@pytest.mark.parametrize("data", ["digits", "set.npz"])
+def test_an_image_size_is_refused_where_there_is_no_folder(cli, zoo, tmp_path, monkeypatch, command, data):
+    monkeypatch.chdir(tmp_path)
+    np.savez("set.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.arange(20) % 10)
+    (tmp_path / "digits").mkdir()  # the set of that name is read all the same
+    asked = [zoo / "digits.pt" if item == "ZOO" else item for item in command]
+    code, _, err = cli(*asked, "--data", data, "--image-size", "32")
+    assert (code, f"data set '{data}': is no folder" in err, "--image-size" in err) == (2, True, True)
+
+
+def test_an_image_size_counts_for_a_folder_of_validation_data(cli, sized, tmp_path):
+    images, labels = np.zeros((20, 3, 16, 16), np.uint8), np.arange(20) % 2
+    np.savez(tmp_path / "set.npz", images=images, labels=labels, classes=np.array(["cat", "dog"]))
+    asked = [*sized((0.4,)), "--validation", tmp_path / "images" / "test"]
+    asked[asked.index("--data") + 1] = tmp_path / "set.npz"
+    code, _, err = cli("evaluate", *asked)
+    assert (code, "images are (3, 48, 48), the training part's are (3, 16, 16)" in err) == (1, True)
+    code, printed, err = cli("evaluate", *asked, "--image-size", "16")
+    assert (code, json.loads(printed)["error"]) == (0, 25.0), err

@@ -123,7 +123,7 @@ def data_options(command: Command) -> Command:
     command = click.option(
         "--image-size",
         type=click.IntRange(min=1),
-        help="Height and width that a folder's images are resized to.",
+        help="Height and width that a folder's images are resized to; for folders alone.",
     )(command)
     command = click.option(
         "--data-root",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vbdcompress.data.batches import CROP_PADDING, Augment, TensorBatches
-from vbdcompress.data.raw import RawImages
-from vbdcompress.data.sources import NAMED_SETS, read_source
-from vbdcompress.errors import DataError
+from vbdcompress.data.raw import RawImages, RawSet
+from vbdcompress.data.sources import NAMED_SETS, is_folder, read_source
+from vbdcompress.errors import ConfigError, DataError
 from vbdcompress.records import InputSpec
 
 MEASURED_AT_ONCE = 1000
@@ -120,20 +120,16 @@ def load_data(
             that is square.
         classes: of the network, by its outputs; empty where nobody says.
     Raises:
+        ConfigError: an image size, and no folder.
         DataError: what is missing or malformed, or does not fit the network.
     """
-    trained = normalisation.shape if normalisation and Path(name).is_dir() else ()
-    asked = image_size is not None
-    if not asked and len(trained) == 3 and trained[1] == trained[2]:
-        image_size = trained[-1]
-    raw = read_source(name, root, image_size)
-    if not asked and len(trained) == 3 and tuple(raw.train.images.shape[2:]) != trained[1:]:
-        found = tuple(raw.train.images.shape[2:])
-        raise DataError(
-            f"data set '{name}'",
-            f"images are {found[0]} by {found[1]}, the network was trained on {trained[1]} by {trained[2]}.",
-            "Resize the files, or say --image-size N.",
+    paths = [name] if validation_path is None else [name, validation_path]
+    if image_size is not None and not any(map(is_folder, paths)):
+        raise ConfigError(
+            f"data set '{name}'", "is no folder: --image-size is for folders of images.", "Leave it out."
         )
+    trained = normalisation.shape if normalisation and is_folder(name) else ()
+    raw, image_size = _read_sized(name, root, image_size, trained)
     notes = _check_classes(name, raw.classes, classes)
     if validation_path is None:
         notes += raw.notes
@@ -163,6 +159,25 @@ def load_data(
         train, validation = _split(train, validation_fraction, validation_seed)
     test = _normalise(raw.test, spec) if raw.test else None
     return DataSet(name, spec, raw.classes, train, validation, test, notes)
+
+
+def _read_sized(
+    name: str, root: Path | None, image_size: int | None, trained: tuple[int, ...]
+) -> tuple[RawSet, int | None]:
+    """Images of the size that was asked for, else of the one trained on; and what they were resized to."""
+    if image_size is not None or len(trained) != 3:
+        return read_source(name, root, image_size), image_size
+    if trained[1] == trained[2]:
+        image_size = trained[2]
+    raw = read_source(name, root, image_size)
+    found = tuple(raw.train.images.shape[2:])
+    if found != trained[1:]:
+        raise DataError(
+            f"data set '{name}'",
+            f"images are {found[0]} by {found[1]}, the network was trained on {trained[1]} by {trained[2]}.",
+            "Resize the files, or say --image-size N.",
+        )
+    return raw, image_size
 
 
 def _check_classes(name: str, found: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -51,6 +51,11 @@ def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
     )
 
 
+def is_folder(name: str) -> bool:
+    """Whether `read_source` takes the name as a folder of images."""
+    return name not in NAMED_SETS and Path(name).is_dir()
+
+
 def _read_digits() -> RawSet:
     from sklearn.datasets import load_digits
 
