@@ -107,19 +107,25 @@ def write_snippet(report: Mapping[str, Any]) -> str:
     spec, inputs = report["input"], list_inputs(report)
     file = next((name for name in report["files"] if name.endswith(".onnx")), "model.onnx")
     embedded = spec.get("embedded")
+    names = ["x"] if len(inputs) == 1 else [f"x{number}" for number in range(len(inputs))]
+    images = {
+        name: row
+        for name, row in zip(names, inputs, strict=True)
+        if len(inputs) == 1 or (row["shape"] == spec["shape"] and row["dtype"].startswith("float"))
+    }
     told = "normalised as in training"
-    if spec["mean"]:
+    if spec["mean"] and images:
         told = "pixels from 0 to 255" if embedded else "values scaled to [0, 1]"
     lines = ["import numpy as np, onnxruntime", "", f"# your batch, {told}"]
-    names = ["x"] if len(inputs) == 1 else [f"x{number}" for number in range(len(inputs))]
     for name, row in zip(names, inputs, strict=True):
         shape = ", ".join(str(length) for length in [1, *row["shape"]])
         lines.append(f"{name} = np.zeros(({shape}{',' if not row['shape'] else ''}), np.{row['dtype']})")
-    if spec["mean"] and not embedded:
+    if spec["mean"] and images and not embedded:
         for name in ("mean", "std"):
             values = ", ".join(f"{value:.6g}" for value in spec[name])
             lines.append(f"{name} = np.reshape([{values}], (-1{', 1' * (len(spec['shape']) - 1)}))")
-        lines.append("x = ((x - mean) / std).astype(np.float32)")
+        for name, row in images.items():
+            lines.append(f"{name} = (({name} - mean) / std).astype(np.{row['dtype']})")
     lines.append(f"session = onnxruntime.InferenceSession({json.dumps(file)})")
     given = ", ".join(f"{json.dumps(row['name'])}: {name}" for name, row in zip(names, inputs, strict=True))
     lines.append(f"output = session.run(None, {{{given}}})[0]")
