@@ -1,0 +1,50 @@
+"""Random inputs for ONNX files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from vbdcompress.errors import ExportError
+
+Feeds = dict[str, npt.NDArray[Any]]
+# onnxruntime's names of types
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def make_feeds(session: onnxruntime.InferenceSession, batch: int, dims: Mapping[str, int]) -> Feeds:
+    """Random inputs for a session: normal numbers, zeros where it takes integers.
+
+    Args:
+        batch: size of each first dimension that the file leaves open.
+        dims: values of named dimensions.
+    Raises:
+        ExportError: an input has a dimension that nobody gave, or a type that there are no values for.
+    """
+    generator = np.random.default_rng(0)
+    feeds: Feeds = {}
+    for item in session.get_inputs():
+        shape = []
+        for place, dim in enumerate(item.shape):
+            size = dim if isinstance(dim, int) else dims.get(str(dim), batch if place == 0 else None)
+            if size is None:
+                raise ExportError(
+                    f"input '{item.name}'", f"has a dimension '{dim}' of any size.", f"--dim {dim}=SIZE"
+                )
+            shape.append(size)
+        if item.type not in _DTYPES:
+            raise ExportError(f"input '{item.name}'", f"is a {item.type}, which bench has no values for.")
+        kind = _DTYPES[item.type]
+        drawn = generator.standard_normal(shape) if np.issubdtype(kind, np.floating) else np.zeros(shape)
+        feeds[item.name] = drawn.astype(kind)
+    return feeds

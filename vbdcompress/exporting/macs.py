@@ -1,0 +1,61 @@
+"""Multiply-accumulates of an ONNX file, counted from the shapes that a run has."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import onnx
+import onnxruntime
+
+from vbdcompress.exporting.feeds import make_feeds
+from vbdcompress.exporting.onnx_file import open_session
+
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *_RECURRENT)
+
+
+def count_macs(path: Path, dims: Mapping[str, int]) -> int:
+    """Multiply-accumulates of one example in convolutions, matrix products and recurrent layers.
+
+    Of the graph as onnxruntime sees it once constants are folded: packed weights have shapes then. What
+    the rest has comes from a run, for shapes that the graph itself computes can't be inferred.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        folded = Path(folder) / "folded.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(folded)
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        proto = onnx.load(folded)
+    nodes = [node for node in proto.graph.node if node.op_type in _COUNTED]
+    feeds = make_feeds(open_session(path), 1, dims)
+    shapes = {item.name: list(item.dims) for item in proto.graph.initializer}
+    shapes |= {name: list(value.shape) for name, value in feeds.items()}
+    used = {name for node in nodes for name in (*node.input[:3], node.output[0]) if name}
+    asked = sorted(used - shapes.keys())
+    if asked:
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
+        found = open_session(proto.SerializeToString()).run(asked, feeds)
+        shapes |= {name: list(value.shape) for name, value in zip(asked, found, strict=True)}
+    shaped = ([shapes.get(name, []) for name in (*node.input, node.output[0])] for node in nodes)
+    total = sum(_macs(node, found) for node, found in zip(nodes, shaped, strict=True))
+    batch = next((value.shape[0] for value in feeds.values() if value.ndim), 1)  # 1 unless it is fixed
+    return total // batch
+
+
+def _macs(node: onnx.NodeProto, shapes: Sequence[list[int]]) -> int:
+    """Of one node, given the shapes of its inputs and of its first output."""
+    first, second, output = shapes[0], shapes[1], shapes[-1]
+    if node.op_type in _RECURRENT:  # every step, [steps, batch, ...], reads all weights of both kinds
+        return first[0] * first[1] * (prod(second) + prod(shapes[2]))
+    if node.op_type == "ConvTranspose":
+        return prod(first) * prod(second[1:])
+    if node.op_type == "Conv":
+        return prod(output) * prod(second[1:])
+    if node.op_type == "Gemm":
+        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+        return prod(output) * first[0 if transposed else 1]
+    return prod(output) * first[-1]
