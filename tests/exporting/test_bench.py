@@ -1,6 +1,9 @@
 """bench: memory that grows with the file, and every file in every setting."""
 
+import contextlib
+import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +77,31 @@ def test_bench_asks_for_what_it_can_not_know(tmp_path: Path) -> None:
         CliRunner().invoke(command, [str(path), "--dim", "length"], catch_exceptions=False)
     with pytest.raises(ConfigError, match="does not exist"):
         CliRunner().invoke(command, [str(tmp_path / "none.onnx")], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def external(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What torch.onnx.export writes if nobody asks otherwise: weights of a size in a file beside it."""
+    path = tmp_path_factory.mktemp("external") / "original.onnx"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 400), nn.ReLU(), nn.Linear(400, 4)).eval()
+    batch = torch.export.Dim("batch", min=2)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (torch.randn(2, 3, 8, 8),), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+        )
+    assert sorted(item.name for item in path.parent.iterdir()) == ["original.onnx", "original.onnx.data"]
+    return path
+
+
+def test_bench_measures_files_whose_weights_lie_beside_them(external: Path, tmp_path: Path) -> None:
+    (row,) = bench([external], batch_sizes=(2,), threads=(1,), seconds=0.01)
+    assert row.bytes == sum(item.stat().st_size for item in external.parent.iterdir())
+    assert row.bytes > 4 * 192 * 400
+    assert row.macs == 192 * 400 + 400 * 4
+    # one file of weights for each: they count alike
+    proto, apart = onnx.load(external), tmp_path / "apart.onnx"
+    onnx.save(proto, apart, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=100)
+    assert len(list(tmp_path.iterdir())) == 4
+    (row,) = bench([apart], batch_sizes=(2,), threads=(1,), seconds=0.01)
+    assert row.bytes == sum(item.stat().st_size for item in tmp_path.iterdir())

@@ -4,13 +4,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from vbdcompress.errors import ExportError
@@ -39,7 +40,7 @@ class BenchRow:
 
     Attributes:
         file: its path.
-        bytes: of the file.
+        bytes: of the file and of those beside it that hold its weights.
         macs: multiply-accumulates of one example in convolutions, matrix products and recurrent layers.
         load_ms: median time to make a session.
         peak_bytes: memory that a fresh process needs more to load it and run the largest batch.
@@ -93,7 +94,7 @@ def bench(
     return tuple(
         BenchRow(
             str(path),
-            path.stat().st_size,
+            _bytes_of(path),
             count_macs(path, dims or {}),
             median(taken),
             _peak_bytes(path, make_feeds(open_session(path), max(batch_sizes), dims or {})),
@@ -110,6 +111,29 @@ def _check_dims(sessions: Sequence[onnxruntime.InferenceSession], dims: Mapping[
     for name in dims:
         if name not in named:
             raise ExportError("--dim", f"no input has a dimension '{name}'; named are {sorted(named)}.")
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, and of every other file that its tensors point into, each once."""
+    graph = onnx.load(path, load_external_data=False).graph
+    beside: set[Path] = {
+        (path.parent / entry.value).resolve()
+        for tensor in _tensors(graph)
+        if onnx.external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return path.stat().st_size + sum(file.stat().st_size for file in beside)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All constants, those of branches and loops too."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def _peak_bytes(path: Path, feeds: Feeds) -> int:

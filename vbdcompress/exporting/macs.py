@@ -28,18 +28,22 @@ def count_macs(path: Path, dims: Mapping[str, int]) -> int:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(folded)
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        proto = onnx.load(folded)
-    nodes = [node for node in proto.graph.node if node.op_type in _COUNTED]
-    feeds = make_feeds(open_session(path), 1, dims)
-    shapes = {item.name: list(item.dims) for item in proto.graph.initializer}
-    shapes |= {name: list(value.shape) for name, value in feeds.items()}
-    used = {name for node in nodes for name in (*node.input[:3], node.output[0]) if name}
-    asked = sorted(used - shapes.keys())
-    if asked:
-        del proto.graph.output[:]
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-        found = open_session(proto.SerializeToString()).run(asked, feeds)
-        shapes |= {name: list(value.shape) for name, value in zip(asked, found, strict=True)}
+        proto = onnx.load(folded, load_external_data=False)
+        # what is no result of folding still lies where the original has it
+        onnx.external_data_helper.load_external_data_for_model(proto, str(path.parent))
+        nodes = [node for node in proto.graph.node if node.op_type in _COUNTED]
+        feeds = make_feeds(open_session(path), 1, dims)
+        shapes = {item.name: list(item.dims) for item in proto.graph.initializer}
+        shapes |= {name: list(value.shape) for name, value in feeds.items()}
+        used = {name for node in nodes for name in (*node.input[:3], node.output[0]) if name}
+        asked = sorted(used - shapes.keys())
+        if asked:
+            del proto.graph.output[:]
+            proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
+            probe = Path(folder) / "probe.onnx"
+            onnx.save(proto, probe, save_as_external_data=True)  # one message holds 2 GiB at most
+            found = open_session(probe).run(asked, feeds)
+            shapes |= {name: list(value.shape) for name, value in zip(asked, found, strict=True)}
     shaped = ([shapes.get(name, []) for name in (*node.input, node.output[0])] for node in nodes)
     total = sum(_macs(node, found) for node, found in zip(nodes, shaped, strict=True))
     batch = next((value.shape[0] for value in feeds.values() if value.ndim), 1)  # 1 unless it is fixed
