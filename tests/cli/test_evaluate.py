@@ -1,6 +1,7 @@
 """vbdcompress evaluate, and what model.onnx says of itself."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from vbdcompress.data import load_data
+from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.loading import load
 from vbdcompress.pipeline import compress
 
@@ -180,3 +182,62 @@ def test_a_network_that_fails_on_the_data_is_one_clear_paragraph(cli, zoo, tmp_p
     assert code == 1
     assert "fails on" in err
     assert "Traceback" not in err
+
+
+OUTPUTS = """
+import torch
+from torch import nn
+
+
+class Network(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(64, 10)
+
+    def forward(self, x, *rest):
+        y = self.head(x.flatten(1))
+        if self.kind == "map":
+            return y[:, :, None, None]
+        if self.kind == "one":
+            return y.mean(0, keepdim=True)
+        return {"dict": {"logits": y}, "pair": (y, y), "good": y}[self.kind]
+
+
+class Two(Network):
+    def forward(self, x, other):
+        return super().forward(x + other)
+
+
+def build(kind):
+    return Two("good") if kind == "two" else Network(kind)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("map", r"gives a tensor of shape \[\d+, 10, 1, 1\] for \d+ examples, allowed are logits"),
+        ("one", r"gives a tensor of shape \[1, 10\] for \d+ examples, allowed are logits \[batch, classes\]"),
+        ("dict", r"gives a dict, allowed are logits \[batch, classes\]"),
+        ("pair", r"gives a (tuple|list) of 2, allowed are logits \[batch, classes\]"),
+        ("two", r"missing 1 required positional argument|takes 2 inputs"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "onnx"])
+def test_evaluate_refuses_what_gives_no_logits(cli, tmp_path, kind, message, suffix):
+    (tmp_path / "mine.py").write_text(OUTPUTS)
+    names = {}
+    exec(OUTPUTS, names)
+    model, file = names["build"](kind), tmp_path / f"net.{suffix}"
+    given = ["--data", "digits", "--mean", "0", "--std", "1"]
+    if suffix == "pt":
+        torch.save(model.state_dict(), file)
+        given += ["--arch", f"{tmp_path / 'mine.py'}:build", "--arch-arg", f"kind={kind}"]
+    elif kind == "dict":
+        pytest.skip("ONNX files give no dict")
+    else:
+        samples = torch.randn(4, 1, 8, 8)
+        export_onnx(model, file, (samples, samples) if kind == "two" else samples)
+    code, out, err = cli("evaluate", file, *given)
+    assert (code, out) == (1, "")
+    assert re.search(message, " ".join(err.split()))

@@ -115,15 +115,17 @@ class _Network:
 
     def error(self, batches: "TensorBatches") -> float:
         """Top-1 error in percent."""
-        try:
-            wrong, classes = 0, 0
-            for inputs, labels in batches:
+        from vbdcompress.surgery.groups import TRACE_ERRORS
+
+        wrong, classes = 0, 0
+        for inputs, labels in batches:
+            try:
                 output = self.run(inputs)
-                classes = output.shape[1]
-                wrong += int((output.argmax(1) != labels).sum())
-        except (RuntimeError, ValueError, IndexError) as error:
-            shape = tuple(batches.inputs.shape[1:])
-            raise DataError("evaluate", f"the network fails on inputs of shape {shape}: {error}") from error
+            except TRACE_ERRORS as error:
+                told = f"the network fails on inputs of shape {tuple(inputs.shape)}"
+                raise DataError("evaluate", f"{told}: {type(error).__name__}: {error}") from error
+            classes = _count_classes(output, len(labels))
+            wrong += int((output.argmax(1) != labels).sum())
         if (largest := int(batches.labels.max())) >= classes:
             raise DataError(
                 "evaluate",
@@ -131,6 +133,24 @@ class _Network:
                 "Labels count from 0; the data must be of the classes that it was trained on.",
             )
         return 100.0 * wrong / batches.num_examples
+
+
+def _count_classes(output: Any, examples: int) -> int:
+    """Of logits [batch, classes]. Raises DataError where a network gives anything else."""
+    from torch import Tensor
+
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == examples:
+        return output.shape[1]
+    found = f"a {type(output).__name__}"
+    if isinstance(output, list | tuple):
+        found += f" of {len(output)}"
+    if isinstance(output, Tensor):
+        found = f"a tensor of shape {list(output.shape)} for {examples} examples"
+    raise DataError(
+        "evaluate",
+        f"the network gives {found}, allowed are logits [batch, classes].",
+        "Wrap the network so that its one output is that.",
+    )
 
 
 def _open_network(file: Path, arch: str | None, arguments: dict[str, Any], unsafe_pickle: bool) -> _Network:
@@ -148,6 +168,7 @@ def _open_network(file: Path, arch: str | None, arguments: dict[str, Any], unsaf
 
 
 def _open_onnx(file: Path) -> _Network:
+    import numpy as np
     import torch
 
     from vbdcompress.exporting.onnx_file import open_session, run_session
@@ -156,6 +177,8 @@ def _open_onnx(file: Path) -> _Network:
     from vbdcompress.reporting.write import read_report
 
     session = open_session(file)
+    if len(names := [item.name for item in session.get_inputs()]) != 1:
+        raise DataError("evaluate", f"file '{file}' takes {len(names)} inputs: {', '.join(names)}.")
     content = read_report(file.parent) if (file.parent / "report.json").is_file() else {}
     data = content.get("data") or {}
     # The file's own word counts: it may stand beside another file's report
@@ -169,8 +192,10 @@ def _open_onnx(file: Path) -> _Network:
         raise DataError("evaluate", f"file '{file}' has malformed properties: {error!r}.") from error
     name, split = own.get("data", data.get("name")), told["validation"]
 
-    def run(inputs: torch.Tensor) -> torch.Tensor:
+    def run(inputs: torch.Tensor) -> Any:
         given = inputs if spec is None else inputs_for(spec, inputs)
-        return torch.from_numpy(run_session(session, given)[0])
+        outputs = run_session(session, given)
+        output = outputs[0] if len(outputs) == 1 else outputs
+        return torch.from_numpy(output) if isinstance(output, np.ndarray) else output
 
     return _Network(name, spec, split, run, told.get("classes") or data.get("classes") or ())
