@@ -1,6 +1,7 @@
 """load: safe by default, and a clear word on what does not fit."""
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ CALLED = []
 class Evil:
     def __reduce__(self):
         return CALLED.append, (1,)
+
+
+class Failing:
+    """What can't be made from a pickle, as DistributedDataParallel without its processes."""
+
+    def __setstate__(self, state):
+        raise ValueError("Default process group has not been initialized")
 
 
 def save(path, content):
@@ -77,6 +85,35 @@ def test_load_reads_a_pickled_module_only_when_told_to(tmp_path):
     with pytest.raises(LoadError, match="--unsafe-pickle"):
         load(path)
     assert load(path, unsafe_pickle=True).model.out_features == 2
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.compile, lambda model: nn.DataParallel(torch.compile(model))]
+)
+def test_load_takes_a_pickled_network_out_of_its_wrappers(tmp_path, wrap):
+    model = nn.Sequential(nn.Linear(3, 2))
+    loaded = load(save(tmp_path / "whole.pt", wrap(model)), unsafe_pickle=True).model
+    assert list(loaded.state_dict()) == ["0.weight", "0.bias"]
+    assert type(loaded) is nn.Sequential
+    batch = torch.randn(2, 3)
+    assert torch.equal(loaded(batch), model(batch))
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_load_says_that_torchscript_is_not_taken(tmp_path, unsafe):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(3, 2), torch.randn(1, 3)), tmp_path / "script.pt")
+    with pytest.raises(LoadError, match=r"is TorchScript.*can't be changed(?s:.*)torch\.export") as caught:
+        load(tmp_path / "script.pt", unsafe_pickle=unsafe)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_load_names_a_pickle_that_fails(tmp_path):
+    failing = Failing()
+    failing.value = 1
+    with pytest.raises(LoadError, match=r"can't be unpickled: Default process group"):
+        load(save(tmp_path / "whole.pt", {"state_dict": failing}), unsafe_pickle=True)
 
 
 def test_load_does_not_import_what_a_checkpoint_names(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,23 @@ from vbdcompress.errors import LoadError
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.slim_file import load_slim, read_slim
 from vbdcompress.files import load_tensors, save_tensors
+from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
 from vbdcompress.surgery.slice import RemovalPlan
 
 FORMAT, VERSION = "vbdcompress.checkpoint", 1
+# What a pickle's own code is known to raise where its classes changed, or lack what they need
+_UNPICKLING_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    ValueError,
+    TypeError,
+    LookupError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def load(
         )
     content = _read_pt(path, unsafe_pickle)
     if isinstance(content, nn.Module):
-        return Loaded(content.cpu().eval())
+        return Loaded(unwrap(content).cpu().eval())
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         return _from_checkpoint(path, content, arch, arguments)
     state = _find_state_dict(path, content)
@@ -132,6 +145,12 @@ def _read_pt(path: Path, unsafe_pickle: bool) -> Any:
     where = f"file '{path}'"
     if path.suffix == ".pt2":
         return _read_exported(path, unsafe_pickle)
+    if _is_torchscript(path):
+        raise LoadError(
+            where,
+            "is TorchScript (torch.jit), whose layers can't be changed.",
+            "Give a state_dict of the nn.Module that it was made from, or what torch.export makes of that.",
+        )
     try:
         return load_tensors(path)
     except pickle.UnpicklingError as error:
@@ -145,6 +164,17 @@ def _read_pt(path: Path, unsafe_pickle: bool) -> Any:
             "Save a state_dict instead: torch.save(model.state_dict(), path). If you trust the file as "
             "you trust a program: --unsafe-pickle",
         ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    """As torch.load tells it: by a record that torch.save never writes."""
+    if not is_zipfile(path):
+        return False
+    try:
+        with ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except BadZipFile:  # cut short: load_tensors says so
+        return False
 
 
 def _read_exported(path: Path, trusted: bool) -> nn.Module:
@@ -165,7 +195,7 @@ def _read_exported(path: Path, trusted: bool) -> nn.Module:
 def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
-    except (OSError, RuntimeError, EOFError, AttributeError, ImportError, pickle.UnpicklingError) as error:
+    except _UNPICKLING_ERRORS as error:
         raise LoadError(f"file '{path}'", f"can't be unpickled: {error}") from error
 
 
