@@ -105,3 +105,34 @@ def test_bench_measures_files_whose_weights_lie_beside_them(external: Path, tmp_
     assert len(list(tmp_path.iterdir())) == 4
     (row,) = bench([apart], batch_sizes=(2,), threads=(1,), seconds=0.01)
     assert row.bytes == sum(item.stat().st_size for item in tmp_path.iterdir())
+
+
+def fix_batch(source: Path, path: Path, size: int) -> Path:
+    """The same file for batches of one size alone."""
+    proto = onnx.load(source)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    del proto.graph.value_info[:]
+    onnx.save(proto, path)
+    return path
+
+
+def test_bench_names_the_batch_that_was_run(files: tuple[Path, Path], tmp_path: Path) -> None:
+    fixed = [fix_batch(files[0], tmp_path / f"{size}.onnx", size) for size in (1, 4)]
+    rows = bench([files[0], *fixed], batch_sizes=(1, 3), threads=(1,), seconds=0.01)
+    assert [[item.batch for item in row.timings] for row in rows] == [[1, 3], [1], [4]]
+    assert len({row.macs for row in rows}) == 1
+    name = onnx.load(files[0]).graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    (row,) = bench(files[:1], batch_sizes=(1, 3), threads=(1,), dims={name: 4}, seconds=0.01)
+    assert [item.batch for item in row.timings] == [4]
+
+
+def test_bench_compares_equal_batches_alone(files: tuple[Path, Path], tmp_path: Path) -> None:
+    fixed = fix_batch(files[0], tmp_path / "4.onnx", 4)
+    options = ["--batch", "1", "--batch", "4", "--threads", "1", "--seconds", "0.01"]
+    shown = CliRunner().invoke(command, [str(fixed), str(files[0]), *options])
+    assert shown.exit_code == 0, shown.output
+    cells = [line.split() for line in shown.output.splitlines()]
+    times = [row for row in cells if len(row) > 3 and row[0] == "1" and row[2] in ("A", "B")]
+    assert [(row[1], row[2]) for row in times] == [("1", "B"), ("4", "A"), ("4", "B")]
+    assert ["x" in " ".join(row) for row in times] == [False, True, True]
+    assert "A: batches of 4 alone" in shown.output

@@ -43,7 +43,7 @@ def command(
     """Measure bytes, MACs, time to load, memory and latency of FILES (or folders that `run` wrote).
 
     On random inputs, in turn in one run, so that a noisy machine is noisy for all. The first file is what
-    the others are compared with.
+    the others are compared with. A file whose batch is fixed is measured at that one alone.
 
     \b
     Example:
@@ -84,7 +84,12 @@ def _print(rows: "tuple[BenchRow, ...]", console: Any) -> None:
     names = [chr(ord("A") + place) if place < LETTERS else str(place + 1) for place in range(len(rows))]
     console.print(_table_of_sizes(names, rows))
     console.print(_table_of_times(names, rows))
-    console.print("speed: over A's; of its MACs: that over the ratio of MACs", style="dim")
+    told = ["speed: over A's at the same batch; of its MACs: that over the ratio of MACs"]
+    batches = [sorted({item.batch for item in row.timings}) for row in rows]
+    for name, own in zip(names, batches, strict=True):
+        if len(own) == 1 and any(own != others for others in batches):
+            told.append(f"{name}: batches of {own[0]} alone, which the file or --dim fixes")
+    console.print("\n".join(told), style="dim")
 
 
 def _empty_table(*headings: str) -> "Table":
@@ -110,21 +115,26 @@ def _table_of_sizes(names: list[str], rows: "tuple[BenchRow, ...]") -> "Table":
 def _table_of_times(names: list[str], rows: "tuple[BenchRow, ...]") -> "Table":
     from vbdcompress.reporting.formatting import format_ms
 
-    first = rows[0]
     table = _empty_table("threads", "batch", "file", "median", "95 %", "speed", "of its MACs")
-    for place, base in enumerate(first.timings):
-        for name, row in zip(names, rows, strict=True):
-            timing = row.timings[place].timing
-            speed = base.timing.median_ms / timing.median_ms
-            share = speed / (first.macs / row.macs) if row.macs else None
+    found = [{(item.threads, item.batch): item.timing for item in row.timings} for row in rows]
+    # by threads, all of them last, then by batch
+    settings = sorted({setting for own in found for setting in own}, key=lambda it: (it[0] == 0, *it))
+    for threads, batch in settings:
+        base = found[0].get((threads, batch))
+        for name, row, own in zip(names, rows, found, strict=True):
+            timing = own.get((threads, batch))
+            if timing is None:
+                continue
+            speed = base.median_ms / timing.median_ms if base else None
+            fewer = rows[0].macs / row.macs if row.macs and row is not rows[0] else None
             table.add_row(
-                "all" if base.threads == 0 else str(base.threads),
-                str(base.batch),
+                "all" if threads == 0 else str(threads),
+                str(batch),
                 name,
                 format_ms(timing.median_ms),
                 format_ms(timing.p95_ms),
-                f"{speed:.2f}x",
-                "" if row is first or share is None else f"{share:.2f}",
+                f"{speed:.2f}x" if speed else "",
+                f"{speed / fewer:.2f}" if speed and fewer else "",
             )
         table.add_section()
     return table

@@ -16,7 +16,7 @@ import onnxruntime
 
 from vbdcompress.errors import ExportError
 from vbdcompress.exporting import peak_memory
-from vbdcompress.exporting.feeds import Feeds, make_feeds
+from vbdcompress.exporting.feeds import Feeds, batch_of, make_feeds
 from vbdcompress.exporting.latency import Timing, time_in_turn
 from vbdcompress.exporting.macs import count_macs
 from vbdcompress.exporting.onnx_file import open_session
@@ -27,7 +27,7 @@ LOADS = 5
 
 @dataclass(frozen=True)
 class BenchTiming:
-    """Latency of one file at one batch size and number of threads (0: all cores)."""
+    """Latency of one file at one batch size, as it was fed, and number of threads (0: all cores)."""
 
     batch: int
     threads: int
@@ -43,7 +43,7 @@ class BenchRow:
         bytes: of the file and of those beside it that hold its weights.
         macs: multiply-accumulates of one example in convolutions, matrix products and recurrent layers.
         load_ms: median time to make a session.
-        peak_bytes: memory that a fresh process needs more to load it and run the largest batch.
+        peak_bytes: memory that a fresh process needs more to load it and run the largest of its batches.
         timings: latency, in the order in which it was measured.
     """
 
@@ -67,9 +67,9 @@ def bench(
 
     Args:
         files: ONNX files.
-        batch_sizes: a file whose batch is fixed is measured at that one.
+        batch_sizes: a file whose batch is fixed, in itself or by `dims`, is measured at that one alone.
         threads: of onnxruntime; 0 takes all cores.
-        dims: values of named dimensions other than the first.
+        dims: values of named dimensions; of the first, too, where every batch is to be that large.
         seconds: for each batch size and number of threads.
     Raises:
         ExportError: a file can't be loaded or run, or has a dimension that nobody gave, or none of a name
@@ -85,23 +85,33 @@ def bench(
     for count in threads:
         sessions = [open_session(path, count) for path in files]
         _check_dims(sessions, dims or {})
-        for batch in batch_sizes:
-            feeds = [make_feeds(session, batch, dims or {}) for session in sessions]
-            pairs = zip(sessions, feeds, strict=True)
-            timings = time_in_turn([partial(session.run, None, fed) for session, fed in pairs], seconds)
-            for own, timing in zip(found, timings, strict=True):
-                own.append(BenchTiming(batch, count, timing))
+        for batch, feeds in _feeds_by_batch(sessions, batch_sizes, dims or {}).items():
+            calls = [partial(sessions[place].run, None, fed) for place, fed in feeds.items()]
+            for place, timing in zip(feeds, time_in_turn(calls, seconds), strict=True):
+                found[place].append(BenchTiming(batch, count, timing))
     return tuple(
         BenchRow(
             str(path),
             _bytes_of(path),
-            count_macs(path, dims or {}),
+            count_macs(path, dims or {}, min(batch_sizes)),
             median(taken),
             _peak_bytes(path, make_feeds(open_session(path), max(batch_sizes), dims or {})),
             tuple(timings),
         )
         for path, taken, timings in zip(files, loads, found, strict=True)
     )
+
+
+def _feeds_by_batch(
+    sessions: Sequence[onnxruntime.InferenceSession], batch_sizes: Sequence[int], dims: Mapping[str, int]
+) -> dict[int, dict[int, Feeds]]:
+    """Batch as it is fed -> place of a session -> its feeds: a session whose batch is fixed has that one."""
+    found: dict[int, dict[int, Feeds]] = {}
+    for asked in batch_sizes:
+        for place, session in enumerate(sessions):
+            feeds = make_feeds(session, asked, dims)
+            found.setdefault(batch_of(session, feeds), {})[place] = feeds
+    return found
 
 
 def _check_dims(sessions: Sequence[onnxruntime.InferenceSession], dims: Mapping[str, int]) -> None:

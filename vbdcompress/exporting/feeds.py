@@ -48,3 +48,10 @@ def make_feeds(session: onnxruntime.InferenceSession, batch: int, dims: Mapping[
         drawn = generator.standard_normal(shape) if np.issubdtype(kind, np.floating) else np.zeros(shape)
         feeds[item.name] = drawn.astype(kind)
     return feeds
+
+
+def batch_of(session: onnxruntime.InferenceSession, feeds: Feeds) -> int:
+    """Number of examples: the first dimension of the first input that leaves it open, else of the first."""
+    dims = [(item.shape[0], feeds[item.name].shape[0]) for item in session.get_inputs() if item.shape]
+    sizes = [size for dim, size in dims if not isinstance(dim, int)] or [size for _, size in dims]
+    return sizes[0] if sizes else 1

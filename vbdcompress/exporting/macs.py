@@ -8,18 +8,23 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from vbdcompress.exporting.feeds import make_feeds
+from vbdcompress.exporting.feeds import batch_of, make_feeds
 from vbdcompress.exporting.onnx_file import open_session
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *_RECURRENT)
 
 
-def count_macs(path: Path, dims: Mapping[str, int]) -> int:
+def count_macs(path: Path, dims: Mapping[str, int], batch: int = 1) -> int:
     """Multiply-accumulates of one example in convolutions, matrix products and recurrent layers.
 
     Of the graph as onnxruntime sees it once constants are folded: packed weights have shapes then. What
     the rest has comes from a run, for shapes that the graph itself computes can't be inferred.
+
+    Args:
+        path: ONNX file.
+        dims: values of named dimensions.
+        batch: of the run; a file whose batch is fixed runs at that one.
     """
     with tempfile.TemporaryDirectory() as folder:
         folded = Path(folder) / "folded.onnx"
@@ -32,7 +37,8 @@ def count_macs(path: Path, dims: Mapping[str, int]) -> int:
         # what is no result of folding still lies where the original has it
         onnx.external_data_helper.load_external_data_for_model(proto, str(path.parent))
         nodes = [node for node in proto.graph.node if node.op_type in _COUNTED]
-        feeds = make_feeds(open_session(path), 1, dims)
+        session = open_session(path)
+        feeds = make_feeds(session, batch, dims)
         shapes = {item.name: list(item.dims) for item in proto.graph.initializer}
         shapes |= {name: list(value.shape) for name, value in feeds.items()}
         used = {name for node in nodes for name in (*node.input[:3], node.output[0]) if name}
@@ -46,8 +52,7 @@ def count_macs(path: Path, dims: Mapping[str, int]) -> int:
             shapes |= {name: list(value.shape) for name, value in zip(asked, found, strict=True)}
     shaped = ([shapes.get(name, []) for name in (*node.input, node.output[0])] for node in nodes)
     total = sum(_macs(node, found) for node, found in zip(nodes, shaped, strict=True))
-    batch = next((value.shape[0] for value in feeds.values() if value.ndim), 1)  # 1 unless it is fixed
-    return total // batch
+    return total // batch_of(session, feeds)
 
 
 def _macs(node: onnx.NodeProto, shapes: Sequence[list[int]]) -> int:
