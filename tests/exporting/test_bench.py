@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -136,3 +137,22 @@ def test_bench_compares_equal_batches_alone(files: tuple[Path, Path], tmp_path: 
     assert [(row[1], row[2]) for row in times] == [("1", "B"), ("4", "A"), ("4", "B")]
     assert ["x" in " ".join(row) for row in times] == [False, True, True]
     assert "A: batches of 4 alone" in shown.output
+
+
+def test_bench_says_at_which_batch_a_file_fails(tmp_path: Path) -> None:
+    """Traced with a batch of 4 that went into a Reshape, though the input leaves it open."""
+    shape = onnx.numpy_helper.from_array(np.array([4, -1], dtype=np.int64), "shape")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Reshape", ["x", "shape"], ["output"])],
+        "baked",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 3, 5])],
+        [onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, None)],
+        [shape],
+    )
+    path = tmp_path / "baked.onnx"
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    with pytest.raises(ExportError, match=r"(?s)baked\.onnx.*a batch of 1: .*--batch"):
+        bench([path], batch_sizes=(4, 1), seconds=0.01)
+    (row,) = bench([path], batch_sizes=(4,), threads=(1,), seconds=0.01)
+    assert [item.batch for item in row.timings] == [4]

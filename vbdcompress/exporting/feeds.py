@@ -1,6 +1,7 @@
 """Random inputs for ONNX files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,3 +56,23 @@ def batch_of(session: onnxruntime.InferenceSession, feeds: Feeds) -> int:
     dims = [(item.shape[0], feeds[item.name].shape[0]) for item in session.get_inputs() if item.shape]
     sizes = [size for dim, size in dims if not isinstance(dim, int)] or [size for _, size in dims]
     return sizes[0] if sizes else 1
+
+
+def run_feeds(
+    session: onnxruntime.InferenceSession, path: Path, feeds: Feeds, outputs: Sequence[str] | None = None
+) -> list[Any]:
+    """What a session gives for feeds: these outputs, or all.
+
+    Raises:
+        ExportError: onnxruntime fails; it names the file and the batch.
+    """
+    try:
+        found: list[Any] = session.run(outputs, feeds)
+    except Exception as error:  # onnxruntime's own exception types are not importable by name
+        batch = batch_of(session, feeds)
+        raise ExportError(
+            f"file '{path}'",
+            f"onnxruntime fails on a batch of {batch}: {error}",
+            "Name batches that it takes, such as the one that it was traced with: --batch 1",
+        ) from error
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from vbdcompress.exporting.feeds import batch_of, make_feeds
+from vbdcompress.exporting.feeds import batch_of, make_feeds, run_feeds
 from vbdcompress.exporting.onnx_file import open_session
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
@@ -48,7 +48,7 @@ def count_macs(path: Path, dims: Mapping[str, int], batch: int = 1) -> int:
             proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
             probe = Path(folder) / "probe.onnx"
             onnx.save(proto, probe, save_as_external_data=True)  # one message holds 2 GiB at most
-            found = open_session(probe).run(asked, feeds)
+            found = run_feeds(open_session(probe), path, feeds, asked)
             shapes |= {name: list(value.shape) for name, value in zip(asked, found, strict=True)}
     shaped = ([shapes.get(name, []) for name in (*node.input, node.output[0])] for node in nodes)
     total = sum(_macs(node, found) for node, found in zip(nodes, shaped, strict=True))
