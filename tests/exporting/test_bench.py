@@ -156,3 +156,25 @@ def test_bench_says_at_which_batch_a_file_fails(tmp_path: Path) -> None:
         bench([path], batch_sizes=(4, 1), seconds=0.01)
     (row,) = bench([path], batch_sizes=(4,), threads=(1,), seconds=0.01)
     assert [item.batch for item in row.timings] == [4]
+
+
+def test_bench_shows_macs_as_unknown_or_none(files: tuple[Path, Path], tmp_path: Path) -> None:
+    made = {}
+    for name, node in {
+        "unknown": onnx.helper.make_node("FusedMatMul", ["x", "x"], ["output"], "", domain="com.microsoft"),
+        "none": onnx.helper.make_node("Relu", ["x"], ["output"]),
+    }.items():
+        given, output = (
+            onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, ["batch", 3, 3])
+            for value in ("x", "output")
+        )
+        opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
+        graph = onnx.helper.make_graph([node], name, [given], [output])
+        made[name] = tmp_path / f"{name}.onnx"
+        onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), made[name])
+    options = ["--batch", "1", "--threads", "1", "--seconds", "0.01"]
+    for first in made.values():
+        shown = CliRunner().invoke(command, [str(first), *map(str, (*made.values(), files[0])), *options])
+        assert shown.exit_code == 0, shown.output
+        assert "B: MACs unknown, for these are not counted: FusedMatMul" in shown.output
+        assert "C: MACs unknown" not in shown.output

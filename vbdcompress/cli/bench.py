@@ -81,6 +81,8 @@ def _parse_dims(given: tuple[str, ...]) -> dict[str, int]:
 
 
 def _print(rows: "tuple[BenchRow, ...]", console: Any) -> None:
+    from rich.text import Text
+
     names = [chr(ord("A") + place) if place < LETTERS else str(place + 1) for place in range(len(rows))]
     console.print(_table_of_sizes(names, rows))
     console.print(_table_of_times(names, rows))
@@ -89,7 +91,12 @@ def _print(rows: "tuple[BenchRow, ...]", console: Any) -> None:
     for name, own in zip(names, batches, strict=True):
         if len(own) == 1 and any(own != others for others in batches):
             told.append(f"{name}: batches of {own[0]} alone, which the file or --dim fixes")
-    console.print("\n".join(told), style="dim")
+    told += [
+        f"{name}: MACs unknown, for these are not counted: {', '.join(row.uncounted)}"
+        for name, row in zip(names, rows, strict=True)
+        if row.uncounted
+    ]
+    console.print(Text("\n".join(told), style="dim"))
 
 
 def _empty_table(*headings: str) -> "Table":
@@ -126,7 +133,7 @@ def _table_of_times(names: list[str], rows: "tuple[BenchRow, ...]") -> "Table":
             if timing is None:
                 continue
             speed = base.median_ms / timing.median_ms if base else None
-            fewer = rows[0].macs / row.macs if row.macs and row is not rows[0] else None
+            fewer = rows[0].macs / row.macs if rows[0].macs and row.macs and row is not rows[0] else None
             table.add_row(
                 "all" if threads == 0 else str(threads),
                 str(batch),

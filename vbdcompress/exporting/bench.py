@@ -41,7 +41,8 @@ class BenchRow:
     Attributes:
         file: its path.
         bytes: of the file and of those beside it that hold its weights.
-        macs: multiply-accumulates of one example in convolutions, matrix products and recurrent layers.
+        macs: multiply-accumulates of one example; None where it has products that are not counted.
+        uncounted: the operators of these.
         load_ms: median time to make a session.
         peak_bytes: memory that a fresh process needs more to load it and run the largest of its batches.
         timings: latency, in the order in which it was measured.
@@ -49,7 +50,8 @@ class BenchRow:
 
     file: str
     bytes: int
-    macs: int
+    macs: int | None
+    uncounted: tuple[str, ...]
     load_ms: float
     peak_bytes: int
     timings: tuple[BenchTiming, ...]
@@ -93,16 +95,18 @@ def bench(
             calls = [partial(sessions[place].run, None, fed) for place, fed in feeds.items()]
             for place, timing in zip(feeds, time_in_turn(calls, seconds), strict=True):
                 found[place].append(BenchTiming(batch, count, timing))
+    macs = [count_macs(path, dims or {}, min(batch_sizes)) for path in files]
     return tuple(
         BenchRow(
             str(path),
             _bytes_of(path),
-            count_macs(path, dims or {}, min(batch_sizes)),
+            counted.macs,
+            counted.uncounted,
             median(taken),
             _peak_bytes(path, make_feeds(open_session(path), max(batch_sizes), dims or {})),
             tuple(timings),
         )
-        for path, taken, timings in zip(files, loads, found, strict=True)
+        for path, counted, taken, timings in zip(files, macs, loads, found, strict=True)
     )
 
 
