@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from vbdcompress.errors import ConfigError
+from vbdcompress.errors import ConfigError, LoadError
 
 DEFAULT_FOLDER = Path("zoo")
 
@@ -14,12 +14,15 @@ DEFAULT_FOLDER = Path("zoo")
 def command(folder: Path) -> None:
     """List the architectures and data sets known by name, and the checkpoints in FOLDER.
 
+    A .pt file there that is no checkpoint of `vbdcompress train` is listed with the reason.
+
     \b
     Example:
       vbdcompress zoo
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from vbdcompress.architectures import ARCHITECTURES
     from vbdcompress.data.sources import NAMED_SETS
@@ -40,11 +43,17 @@ def command(folder: Path) -> None:
         return
     table = Table(title=f"Networks in {folder}", title_justify="left")
     for heading in ("file", "architecture", "data", "parameters", "test error"):
-        table.add_column(heading, justify="left" if heading in ("file", "architecture", "data") else "right")
+        number = heading in ("parameters", "test error")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for file in files:
-        loaded = load(file)
-        error = (loaded.training or {}).get("test_error")
+        try:
+            loaded = load(file)
+        except LoadError as error:
+            table.add_row(Text(file.name), Text(error.found, style="yellow"))
+            continue
+        test_error = (loaded.training or {}).get("test_error")
         count = sum(parameter.numel() for parameter in loaded.model.parameters())
-        shown = "" if error is None else f"{error:.2f} %"
-        table.add_row(file.name, loaded.architecture, loaded.data, f"{count:,}", shown)
+        shown = "" if test_error is None else f"{test_error:.2f} %"
+        words = (Text(str(word or "")) for word in (file.name, loaded.architecture, loaded.data))
+        table.add_row(*words, f"{count:,}", shown)
     console.print(table)
