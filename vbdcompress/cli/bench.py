@@ -110,12 +110,14 @@ def _empty_table(*headings: str) -> "Table":
 
 
 def _table_of_sizes(names: list[str], rows: "tuple[BenchRow, ...]") -> "Table":
+    from rich.text import Text
+
     from vbdcompress.reporting.formatting import format_bytes, format_count, format_ms
 
     table = _empty_table("", "file", "bytes", "MACs", "load", "memory")
     for name, row in zip(names, rows, strict=True):
         figures = (format_bytes(row.bytes), format_count(row.macs), format_ms(row.load_ms))
-        table.add_row(name, row.file, *figures, format_bytes(row.peak_bytes))
+        table.add_row(name, Text(row.file), *figures, format_bytes(row.peak_bytes))
     return table
 
 

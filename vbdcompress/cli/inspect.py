@@ -122,11 +122,11 @@ def _print_tables(content: dict[str, Any]) -> None:
 
     console = Console()
     size = content["size"]
-    console.print(
-        f"[bold]{content['file']}[/bold]: {content['architecture']}, {size['parameters']:,} parameters, "
-        f"{size['macs']:,} MACs, input {tuple(content['input_shape'])}",
-        highlight=False,
+    told = (
+        f": {content['architecture']}, {size['parameters']:,} parameters, "
+        f"{size['macs']:,} MACs, input {tuple(content['input_shape'])}"
     )
+    console.print(Text.assemble((content["file"], "bold"), told))
     layers = _table(
         f"Layers in {content['mode']} mode", "layer", "kind", "parameters", "MACs", "what and why"
     )
@@ -134,7 +134,7 @@ def _print_tables(content: dict[str, Any]) -> None:
         style = "green" if row["action"] == "converted" else "yellow"
         layers.add_row(
             Text(row["name"]),
-            row["kind"],
+            Text(row["kind"]),
             f"{row['parameters']:,}",
             f"{row['macs']:,}",
             Text.assemble((row["action"], style), f": {row['reason']}" if row["reason"] else ""),

@@ -197,6 +197,7 @@ class _Reading:
 
 def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Ways) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from vbdcompress.devices import start_fabric
     from vbdcompress.pipeline import run_stages
@@ -237,11 +238,12 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
     if tracker:
         tracker.finish(content)
     print_summary(content, console)
-    console.print(f"Written to [bold]{out}[/bold]: {', '.join(content['files'])}", highlight=False)
+    told = Text.assemble("Written to ", (str(out), "bold"), f": {', '.join(content['files'])}")
+    console.print(told, soft_wrap=True)
 
 
 def _print_start(console: Any, file: Path, loaded: "Loaded", sources: Any, config: RunConfig) -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
     from vbdcompress.sources import warnings_of
 
@@ -250,9 +252,9 @@ def _print_start(console: Any, file: Path, loaded: "Loaded", sources: Any, confi
     counts = (
         f"{record.train:,} training, {record.validation:,} validation, {record.test or 0:,} test examples"
     )
-    console.print(f"[bold]{told}[/bold]  ({counts}); mode {config.mode}", highlight=False)
+    console.print(Text.assemble((told, "bold"), f"  ({counts}); mode {config.mode}"))
     for message in warnings_of(sources):
-        console.print(f"[yellow]Warning:[/yellow] {escape(message)}", highlight=False)
+        console.print(Text.assemble(("Warning:", "yellow"), f" {message}"))
 
 
 def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:

@@ -128,6 +128,7 @@ def _state_of(out: Path) -> Path:
 def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     from rich.console import Console
     from rich.markup import escape
+    from rich.text import Text
 
     from vbdcompress.data import load_data
     from vbdcompress.devices import start_fabric, wait_for_all
@@ -164,7 +165,8 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     if result.is_main:
         found = _write(order, model.eval(), dataset, config)
         workplace.remove()
-        console.print(f"Written to [bold]{order.out}[/bold]: {found}", highlight=False)
+        told = Text.assemble("Written to ", (str(order.out), "bold"), f": {found}")
+        console.print(told, soft_wrap=True)
 
 
 def _build(order: _Order, dataset: "DataSet", seed: int) -> "nn.Module":

@@ -39,9 +39,9 @@ def command(folder: Path) -> None:
         raise ConfigError("zoo", f"'{folder}' is no folder.")
     files = sorted(folder.glob("*.pt"))
     if not files:
-        console.print(f"No checkpoints in '{folder}'.", highlight=False)
+        console.print(Text(f"No checkpoints in '{folder}'."))
         return
-    table = Table(title=f"Networks in {folder}", title_justify="left")
+    table = Table(title=Text(f"Networks in {folder}"), title_justify="left")
     for heading in ("file", "architecture", "data", "parameters", "test error"):
         number = heading in ("parameters", "test error")
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
