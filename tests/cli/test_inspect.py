@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import torch
 
 ENCODER = """
+import pytest
 import torch
 from torch import nn
 
@@ -79,3 +81,10 @@ def test_inspect_cuts_no_name_short(cli, tmp_path, monkeypatch):
     )
     assert "layer_of_a_long_name.self_attn.out" in column
     assert "\N{HORIZONTAL ELLIPSIS}" not in "".join(lines)
+
+
+@pytest.mark.parametrize("shape", ["1,-8,8", "0", "1x0x8", "1,,8", ""])
+def test_inspect_refuses_sizes_that_there_are_not(cli, zoo, shape):
+    code, out, err = cli("inspect", zoo / "digits.pt", "--input-shape", shape)
+    assert (code, out) == (2, "")
+    assert f"--input-shape '{shape}' is not like 3,32,32" in err

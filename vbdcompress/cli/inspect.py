@@ -110,10 +110,10 @@ def _describe_group(group: "ChannelGroup") -> dict[str, Any]:
 def _parse_shape(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    try:
-        return tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError as error:
-        raise ConfigError("inspect", f"--input-shape '{text}' is not like 3,32,32.") from error
+    sizes = text.replace("x", ",").split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError("inspect", f"--input-shape '{text}' is not like 3,32,32: whole numbers above 0.")
+    return tuple(map(int, sizes))
 
 
 def _print_tables(content: dict[str, Any]) -> None:
