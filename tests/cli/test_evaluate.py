@@ -241,3 +241,18 @@ def test_evaluate_refuses_what_gives_no_logits(cli, tmp_path, kind, message, suf
     code, out, err = cli("evaluate", file, *given)
     assert (code, out) == (1, "")
     assert re.search(message, " ".join(err.split()))
+
+
+def test_evaluate_ignores_another_program_s_report(cli, finished, tmp_path):
+    told = json.loads((finished / "report.json").read_text())["error"]
+    (tmp_path / "model.onnx").write_bytes((finished / "model.onnx").read_bytes())
+    (tmp_path / "report.json").write_text('{"tool": "another"}')
+    code, out, err = cli("evaluate", tmp_path, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
+    # a file that says nothing of itself needs it
+    silent = onnx.load(finished / "model.onnx")
+    del silent.metadata_props[:]
+    onnx.save(silent, tmp_path / "model.onnx")
+    code, _, err = cli("evaluate", tmp_path)
+    assert (code, "is not a report of vbdcompress" in err) == (1, True)

@@ -14,7 +14,7 @@ from vbdcompress.cli.options import (
     parse_normalisation,
     told_normalisation,
 )
-from vbdcompress.errors import ConfigError, DataError
+from vbdcompress.errors import ConfigError, DataError, LoadError
 from vbdcompress.records import held_out
 
 if TYPE_CHECKING:
@@ -174,16 +174,15 @@ def _open_onnx(file: Path) -> _Network:
     from vbdcompress.exporting.onnx_file import open_session, run_session
     from vbdcompress.exporting.preprocessing import inputs_for
     from vbdcompress.records import InputSpec
-    from vbdcompress.reporting.write import read_report
 
     session = open_session(file)
     if len(names := [item.name for item in session.get_inputs()]) != 1:
         raise DataError("evaluate", f"file '{file}' takes {len(names)} inputs: {', '.join(names)}.")
-    content = read_report(file.parent) if (file.parent / "report.json").is_file() else {}
-    data = content.get("data") or {}
-    # The file's own word counts: it may stand beside another file's report
     own = session.get_modelmeta().custom_metadata_map
     own = own if own.get("made_by", "").startswith("vbdcompress") else {}
+    # The file's own word counts: it may stand beside another file's report
+    content = _read_beside(file, needed="input" not in own)
+    data = content.get("data") or {}
     try:
         found = {key: json.loads(own[key]) for key in ("input", "validation", "classes") if key in own}
         told = {"input": content.get("input"), "validation": data.get("split")} | found
@@ -199,3 +198,17 @@ def _open_onnx(file: Path) -> _Network:
         return torch.from_numpy(output) if isinstance(output, np.ndarray) else output
 
     return _Network(name, spec, split, run, told.get("classes") or data.get("classes") or ())
+
+
+def _read_beside(file: Path, needed: bool) -> dict[str, Any]:
+    """The report.json beside a file; {} where there is none, or one that can't be read and isn't needed."""
+    from vbdcompress.reporting.write import read_report
+
+    if not (file.parent / "report.json").is_file():
+        return {}
+    try:
+        return read_report(file.parent)
+    except LoadError:  # another program's
+        if needed:
+            raise
+        return {}
