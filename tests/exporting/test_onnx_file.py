@@ -158,3 +158,25 @@ def test_export_onnx_says_what_fixes_the_batch_size(tmp_path):
     with pytest.raises(ExportError, match=r"(?s)batches of 2 alone.*as len\(x\) does"):
         export_onnx(BySize(), tmp_path / "model.onnx", torch.randn(3, 2, 4))
     assert not list(tmp_path.iterdir())
+
+
+class OfOutputs(nn.Module):
+    """Takes an input that is called as the file's output is: another network's."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, output, output_1):
+        return self.head(output * output_1)
+
+
+def test_export_onnx_keeps_inputs_called_output(tmp_path):
+    model, samples = OfOutputs().eval(), {name: torch.randn(5, 4) for name in ("output", "output_1")}
+    export_onnx(model, tmp_path / "model.onnx", samples)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [item.name for item in session.get_inputs()] == ["output", "output_1"]
+    assert [item.name for item in session.get_outputs()] == ["output_2"]
+    found = session.run(None, {name: tensor.numpy() for name, tensor in samples.items()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(**samples).numpy(), rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def export_onnx(
         path: of the file; replaced in one step, and only by a file that passed.
         samples: [n, ...] real inputs, normalised as in training: a tensor, a tuple or a dict of them.
         input_name: of the graph's input; several are numbered behind it, and a dict's have their
-            names. The first dimension is dynamic. The output is "output".
+            names. The first dimension is dynamic. The output is "output", or "output_1" (and so on) where
+            an input is called that.
         tolerance: for the largest difference, relative to the largest output.
         batch_sizes: to compare at.
         storage: whether weights are packed, and what the file says of itself; None: dense, nothing.
@@ -142,6 +144,8 @@ def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelPr
     """Export, clean and check."""
     two = resize(samples, TRACED)
     tensors = tensors_of(two)
+    names = names_of(samples, input_name)
+    free = (name for name in chain(["output"], map("output_{}".format, count(1))) if name not in names)
     # torch 2.8 insists on the bound; the file knows none
     shapes: tuple[Any, ...] = ({0: torch.export.Dim("batch", min=2)},) * len(tensors)
     try:
@@ -152,8 +156,8 @@ def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelPr
                 model if bare else _OfTensors(model, samples),
                 tuple(tensors),
                 dynamo=True,
-                input_names=names_of(samples, input_name),
-                output_names=["output"],
+                input_names=names,
+                output_names=[next(free)],
                 dynamic_shapes=shapes if bare else (shapes,),
                 external_data=False,
                 optimize=True,
