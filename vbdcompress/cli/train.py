@@ -127,7 +127,6 @@ def _state_of(out: Path) -> Path:
 
 def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.text import Text
 
     from vbdcompress.data import load_data
@@ -148,7 +147,7 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     batch_size = config.examples_a_step(len(dataset.train))
     console = Console(quiet=not fabric.is_global_zero)
     for note in dataset.notes:
-        console.print(f"[yellow]Warning:[/yellow] {escape(note)}", highlight=False)
+        console.print(Text.assemble(("Warning:", "yellow"), f" {note}"))
     try:
         with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
             result = fit(
