@@ -180,13 +180,11 @@ def test_convert_refuses_what_it_cannot_convert(model, example, message):
         convert(model, example, "weights")
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "allowed"),
-    [("mode", "channel", "'weights' and 'channels'"), ("cost", "flops", "'none', 'params', 'macs'")],
-)
-def test_convert_refuses_what_there_is_not(option, value, allowed):
-    with pytest.raises(ConfigError, match=f"{option} = '{value}', allowed are {allowed}"):
-        convert(nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 5), **{option: value})
+@pytest.mark.parametrize("option", ["mode", "cost"])
+def test_convert_refuses_what_there_is_not(option):
+    allowed = {"mode": "'weights' and 'channels'", "cost": "'none', 'params', 'macs'"}[option]
+    with pytest.raises(ConfigError, match=f"{option} = 'what', allowed are {allowed}"):
+        convert(nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 5), **{option: "what"})
 
 
 def test_convert_refuses_nan_and_names_the_parameter():

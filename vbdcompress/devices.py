@@ -37,26 +37,7 @@ def start_fabric(config: FitConfig) -> Fabric:
     accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(config.device)
     if accelerator is None:
         raise FitError("device", f"'{config.device}' is unknown; allowed are auto, cpu, cuda, mps.")
-    with warnings.catch_warnings():
-        # Fabric's advice to users of its own (unused GPUs, worker counts) is not ours to give.
-        warnings.filterwarnings("ignore", module="lightning_fabric")
-        # A static graph may leave parameters without a gradient, as one process does
-        several = DDPStrategy(static_graph=True) if devices * nodes > 1 else "auto"
-        try:
-            fabric = Fabric(
-                accelerator=accelerator,
-                devices=devices,
-                num_nodes=nodes,
-                precision=config.precision,
-                strategy=several,
-            )
-            fabric.launch()
-        except (RuntimeError, ValueError) as error:
-            raise FitError(
-                "device",
-                f"'{config.device}' x {devices} can't be used: {error}",
-                "Take what there is: --device auto",
-            ) from error
+    fabric = _launch(config, accelerator, devices, nodes)
     if fabric.world_size != devices * nodes:
         raise FitError(
             "processes",
@@ -66,6 +47,29 @@ def start_fabric(config: FitConfig) -> Fabric:
     if fabric.world_size > 1:
         atexit.unregister(_leave_processes)
         atexit.register(_leave_processes)
+    return fabric
+
+
+def _launch(config: FitConfig, accelerator: str, devices: int, nodes: int) -> Fabric:
+    with warnings.catch_warnings():
+        # Fabric's advice to users of its own (unused GPUs, worker counts) is not ours to give.
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        try:
+            fabric = Fabric(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                precision=config.precision,
+                # a static graph may leave parameters without a gradient, as one process does
+                strategy=DDPStrategy(static_graph=True) if devices * nodes > 1 else "auto",
+            )
+            fabric.launch()
+        except (RuntimeError, ValueError) as error:
+            raise FitError(
+                "device",
+                f"'{config.device}' x {devices} can't be used: {error}",
+                "Take what there is: --device auto",
+            ) from error
     return fabric
 
 

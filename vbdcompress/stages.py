@@ -143,9 +143,9 @@ class StageRunner:
             log_sigma2=config.log_sigma2,
             cost=config.cost,
         )
-        step = f"{number + 1}-{mode}"
+        step, told = f"{number + 1}-{mode}", _log_threshold(config)
         gone = mode == "channels" and self.config.rounds[0].mode == "weights"  # what the first round took
-        fitted = self._fit(converted.model, config, step, threshold=_log_threshold(config), keep_zeros=gone)
+        fitted = self._fit(converted.model, config, step, threshold=told, keep_zeros=gone)
         choice, slimmed = self._choose(converted, fitted, number, step, baseline)
         self.prepare(slimmed.model, STATISTICS_EXAMPLES)
         record = self._record(converted, slimmed, number, fitted.epochs, choice)
@@ -246,13 +246,8 @@ class StageRunner:
         frozen = not any(parameter.requires_grad for parameter in model.parameters())
         if frozen or not self.config.finetune_epochs:
             return ()
-        config = self.config.model_copy(
-            update={
-                "epochs": self.config.finetune_epochs,
-                "lr": self.config.lr_finetune,
-                "schedule": "linear",
-            }
-        )
+        epochs, lr = self.config.finetune_epochs, self.config.lr_finetune
+        config = self.config.model_copy(update={"epochs": epochs, "lr": lr, "schedule": "linear"})
         return self._fit(model, config, "finetune", keep_zeros=True).epochs
 
     def round(self, model: nn.Module, sigma: dict[str, Tensor], baseline: float) -> Rounding | None:

@@ -164,8 +164,7 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     if result.is_main:
         found = _write(order, model.eval(), dataset, config)
         workplace.remove()
-        told = Text.assemble("Written to ", (str(order.out), "bold"), f": {found}")
-        console.print(told, soft_wrap=True)
+        console.print(Text.assemble("Written to ", (str(order.out), "bold"), f": {found}"), soft_wrap=True)
 
 
 def _build(order: _Order, dataset: "DataSet", seed: int) -> "nn.Module":

@@ -143,8 +143,7 @@ def trace_groups(model: nn.Module, example: Inputs, *, features: bool = False, s
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # some networks take nothing but the example: ids, or a fixed number of examples; some can't work
-        # with buffers that are followed
+        # some networks take nothing but the example, as ids; some can't work with buffers that are followed
         for buffers in (True, False):
             for prepare in (_beside_noise, _as_leaf):
                 scan = _trace(model, example, prepare, features, buffers=buffers)
@@ -186,8 +185,7 @@ def _beside_noise(tensor: Tensor, is_data: bool) -> Tensor:
 
 
 def _as_leaf(tensor: Tensor, _is_data: bool) -> Tensor:
-    plain = tensor.detach().clone()
-    return plain.requires_grad_() if plain.is_floating_point() else plain
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 
 def _role_of(module: nn.Module) -> Role | None:
