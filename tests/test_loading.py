@@ -49,13 +49,31 @@ def test_save_checkpoint_then_load_gives_everything_back(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "net.", "model._orig_mod."]
+)
 def test_load_finds_a_state_dict(tmp_path, wrap, prefix):
     model = build_architecture("digits").eval()
     state = {prefix + key: value for key, value in model.state_dict().items()}
     loaded = load(save(tmp_path / "net.pt", wrap(state)), arch="digits")
     batch = torch.randn(2, 1, 8, 8)
     assert torch.equal(loaded.model(batch), model(batch))
+
+
+def test_load_takes_the_network_out_of_a_training_class(tmp_path):
+    class Training(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.loss = build_architecture("digits"), nn.CrossEntropyLoss(torch.ones(10))
+
+    training = Training().eval()
+    path = save(tmp_path / "net.ckpt", {"epoch": 3, "state_dict": training.state_dict()})
+    batch = torch.randn(2, 1, 8, 8)
+    assert torch.equal(load(path, arch="digits").model(batch), training.body(batch))
+    training.average = build_architecture("digits")  # whose weights are meant?
+    save(path, training.state_dict())
+    with pytest.raises(LoadError, match="not known: body"):
+        load(path, arch="digits")
 
 
 def test_load_builds_torchvision_and_the_user_s_file(tmp_path):

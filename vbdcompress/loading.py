@@ -245,10 +245,26 @@ def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
     )
 
 
+def _without_wrappers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """By the network's own names: DataParallel, torch.compile and training classes put others before them.
+
+    What stands beside the network in a training class, such as a loss with weights, is left out.
+    """
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    name = next(iter(expected), None)
+    if name is None or set(state) & set(expected):
+        return state
+    prefixes = {key.removesuffix(name) for key in state if key.endswith(f".{name}")}
+    fitting = [prefix for prefix in prefixes if all(prefix + key in state for key in expected)]
+    if len(fitting) != 1:  # of two networks nobody says which
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    (prefix,) = fitting
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def _load_state(path: Path, arch: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     expected = model.state_dict()
-    if not set(state) & set(expected):  # DataParallel puts "module." before every name
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = _without_wrappers(state, expected)
     missing = [key for key in expected if key not in state]
     unknown = [key for key in state if key not in expected]
     shapes = [
