@@ -79,7 +79,7 @@ def test_the_trial_leaves_no_trace_and_no_number_stops_it() -> None:
     lay_out_fast_(model, torch.randn(5, 3, 6, 6))
     assert lies_last(model)
     assert model.steps == 0
-    lay_out_fast_(
-        model, (torch.randn(5, 3, 6, 6), torch.tensor(2.0))
-    )  # of which no two examples can be taken
+    lay_out_fast_(model, (torch.randn(5, 3, 6, 6), torch.tensor(2.0)))
+    assert lies_last(model)
+    lay_out_fast_(model, torch.randn(5, 4, 6, 6))  # what is wrong the fit will say
     assert not lies_last(model)

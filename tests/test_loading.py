@@ -49,9 +49,7 @@ def test_save_checkpoint_then_load_gives_everything_back(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "net.", "model._orig_mod."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "net.", "model._orig_mod."])
 def test_load_finds_a_state_dict(tmp_path, wrap, prefix):
     model = build_architecture("digits").eval()
     state = {prefix + key: value for key, value in model.state_dict().items()}

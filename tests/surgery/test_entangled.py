@@ -134,9 +134,10 @@ def test_find_groups_says_why_tied_and_computed_weights_stay_whole():
     tied = {g.name: g.whole_because for g in convert(Tied(), batch).scan.groups}
     assert "shares a parameter: second.weight, third.weight" in tied["second"]
     assert tied["wide"] is None
-    normed = {g.name: g.whole_because for g in convert(Normed(), batch).scan.groups}
+    normed = {g.name: g.whole_because for g in convert(Normed(), batch, skip=["second"]).scan.groups}
     assert "is computed from others" in normed["first"]
     assert normed["wide"] is None
+    assert {g.name for g in convert(Normed(), batch).scan.removable} == {"first", "second", "wide"}
     tied = {g.name: g.whole_because for g in convert(Autoencoder(), batch).scan.groups}
     assert "changes the output" in tied["lead"]
     assert "can't run without" in tied["first"]
