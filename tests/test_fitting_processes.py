@@ -116,20 +116,23 @@ def finish(checkpoint):
 
 
 def lose(devices, how):
-    """A fit whose second process is killed in the middle, or finds no checkpoint where the first does."""
+    """A fit whose second process is killed in the middle, or finds no checkpoint where the first does; or
+    whose first step leaves out a bias that the second takes."""
     rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else 0
-    calls = []
+    calls, model = [], make_model(-40.0)
 
     def loss(output, target):
         calls.append(1)
+        if how == "changing" and len(calls) == 1:
+            output = output.detach() + model[2].bias
         if how == "killed" and rank == 1 and len(calls) == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return nn.functional.cross_entropy(output, target)
 
-    path = Path("part.ckpt" if how == "killed" or rank == 0 else "elsewhere.ckpt")
+    path = Path("part.ckpt" if how != "elsewhere" or rank == 0 else "elsewhere.ckpt")
     kept = FitCheckpoint(path, how == "elsewhere", 1e9)
     tensors = TensorBatches(inputs, labels, 20)
-    fit(make_model(-40.0), tensors, make_config(devices), loss=loss, checkpoint=kept)
+    fit(model, tensors, make_config(devices), loss=loss, checkpoint=kept)
 
 
 def resume(devices):
@@ -221,6 +224,7 @@ def test_fit_with_devices_2_equals_one_process(script: Path, expected: list[list
     ("how", "found"),
     [
         ("killed", "processes: process 0 of 2 lost another one: it has ended or failed."),
+        ("changing", "processes: the network's code takes other layers in this step than in the first"),
         pytest.param(
             "elsewhere",
             "resume: process 1 found a checkpoint of 0 epochs, other processes of others.",

@@ -80,11 +80,18 @@ def named_loss_of_a_process(fabric: Fabric) -> Iterator[None]:
     What died has said why itself, if it could; here nothing but a broken connection is seen.
 
     Raises:
-        FitError: the connection to another process broke.
+        FitError: the connection to another process broke, or a step takes other layers than the first.
     """
     try:
         yield
     except RuntimeError as error:
+        if "training graph has changed" in str(error):  # torch's DDP
+            raise FitError(
+                "processes",
+                "the network's code takes other layers in this step than in the first; several processes "
+                "need the same in each.",
+                "Train it in one: --devices 1",
+            ) from error
         broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if fabric.world_size == 1 or not broken:
             raise
