@@ -91,9 +91,8 @@ def match(tensor: Tensor, dim: int, flows: Sequence[Flow], cotangent: Tensor) ->
         return [], []
     matched, rest = _match_single(flows, cotangent, dim, range(tensor.shape[dim]))
     spread, meeting = list[Place](), list[tuple[Flow, tuple[list[int], list[Place]]]]()
-    single: dict[int, set[int]] = {
-        position: set() for position in rest
-    }  # the sources that it is one channel of
+    # position -> the flows of which it takes one channel
+    single: dict[int, set[int]] = {position: set() for position in rest}
     for flow in flows:
         more, left = _match_single([flow], cotangent, dim, rest) if len(flows) > 1 else ([], rest)
         if len(more) > 1 and flow.source.dim is not None and flow.source.count == 1:
