@@ -50,6 +50,7 @@ class Sorts(nn.Module):
 
 def test_uncounted_ops_are_named():
     assert uncounted_ops(Net(), torch.randn(2, 3, 8, 8)) == ("aten.max_pool2d_with_indices",)
+    assert uncounted_ops(nn.Embedding(5, 3), torch.tensor([1, 4])) == ()  # rows are looked up
     assert uncounted_ops(Sorts(), torch.randn(2, 3, 4)) == ("aten.cumsum", "aten.sort")
     assert uncounted_ops(nn.LSTM(4, 4), torch.randn(2, 3, 4)) == ()
 

@@ -177,6 +177,7 @@ _DATA_MOVES = {
         "clone",
         "copy_",
         "_to_copy",
+        "embedding",
         "empty",
         "index_select",
         "constant_pad_nd",

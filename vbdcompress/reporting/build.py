@@ -129,6 +129,7 @@ def report(
     errors = context.errors
     before, after = sizes
     final = None if errors is None else errors.test_after
+    whole = _with_layers_of(slim, original)
     spec = context.input or InputSpec(example_shape(example))
     return {
         "schema": SCHEMA,
@@ -153,8 +154,8 @@ def report(
             "after": asdict(after),
             "compression_ratio": compression_ratio(before, after),
         },
-        "uncounted_ops": list(uncounted_ops(original, example)),
-        "layers": _layer_rows(original, slim, example),
+        "uncounted_ops": list(uncounted_ops(whole, example)),
+        "layers": _layer_rows(whole, slim, example),
         "stages": [_stage_content(stage) for stage in context.stages],
         "finetune": [asdict(row) for row in context.finetune],
         "rounding": None if context.rounding is None else context.rounding.to_json(),
@@ -231,8 +232,8 @@ def _error_table(errors: ErrorRecord) -> dict[str, Any]:
     }
 
 
-def _layer_rows(original: nn.Module, slim: nn.Module, example: Inputs) -> list[dict[str, Any]]:
-    after = {row.name: row for row in layer_sizes(slim, example)}
+def _with_layers_of(slim: nn.Module, original: nn.Module) -> nn.Module:
+    """The original with the slim network's layers: attention opened, computed weights stored."""
     opened = {name for name, module in slim.named_modules() if isinstance(module, Opened)}
     computed = [name for name, module in original.named_modules() if is_parametrized(module)]
     stored = [name for name in computed if not is_parametrized(slim.get_submodule(name))]
@@ -240,6 +241,11 @@ def _layer_rows(original: nn.Module, slim: nn.Module, example: Inputs) -> list[d
         original = copy.deepcopy(original)
         store_weights_(original, stored)
         open_attention_(original, opened)
+    return original
+
+
+def _layer_rows(original: nn.Module, slim: nn.Module, example: Inputs) -> list[dict[str, Any]]:
+    after = {row.name: row for row in layer_sizes(slim, example)}
     rows = []
     for row in layer_sizes(original, example):
         rows.append(
