@@ -75,6 +75,7 @@ def test_fit_waits_for_no_number_within_an_epoch(mode: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("mode", ["plain", "weights", "channels"])
 def test_fit_does_not_synchronise_with_a_gpu(mode: str) -> None:
     class Watch(Recorder):

@@ -61,6 +61,13 @@ class FitConfig(BaseModel):
         "without it 1, and 0 where the loss is your own.",
     )
     temperature: float = Field(2.0, gt=0, description="That softens both outputs there.")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the network's own dropout rates that stays while it is fitted and fine-tuned; "
+        "without it 0 where it follows the original, else 1.",
+    )
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of shuffling and noise.")
     device: str = Field("auto", description="auto, cpu, cuda or mps.")
@@ -237,31 +244,23 @@ class RunConfig(FitConfig):
         return self
 
     @model_validator(mode="after")
-    def _one_rule(self) -> Self:
+    def _options_act(self) -> Self:
         if self.threshold is not None and self.has_budget:
             raise ValueError("a threshold and a budget both say how much to remove; give one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _channels_are_cut(self) -> Self:
         if self.mode == "weights" and self.first.mode != "channels":
             for name, acts in (("round_to", self.round_to != 1), ("cost", self.cost != "none")):
                 if acts:
                     raise ValueError(f"{name} acts on channel gates, mode weights has none")
+        if self.bits == "auto" and self.mode == "channels":
+            raise ValueError(
+                "bits auto asks a posterior on each weight: mode weights or both, or bits 16, 8 or 4"
+            )
         return self
 
     @field_validator("bits", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @model_validator(mode="after")
-    def _bits_have_a_posterior(self) -> Self:
-        if self.bits == "auto" and self.mode == "channels":
-            raise ValueError(
-                "bits auto asks a posterior on each weight: mode weights or both, or bits 16, 8 or 4"
-            )
-        return self
 
     @field_validator("max_params", "max_macs", "max_bytes", mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """Devices, precision and processes: all that the package asks of Lightning Fabric."""
 
 import atexit
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -52,8 +53,9 @@ def start_fabric(config: FitConfig) -> Fabric:
 
 def _launch(config: FitConfig, accelerator: str, devices: int, nodes: int) -> Fabric:
     with warnings.catch_warnings():
-        # Fabric's advice to users of its own (unused GPUs, worker counts) is not ours to give.
+        # Fabric's advice to users of its own (unused GPUs, worker counts, matrix units) is not ours to give.
         warnings.filterwarnings("ignore", module="lightning_fabric")
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         try:
             fabric = Fabric(
                 accelerator=accelerator,

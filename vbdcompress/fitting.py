@@ -23,6 +23,7 @@ from vbdcompress.data import TensorBatches, Unpacked, count_examples, on_device
 from vbdcompress.data.loaders import check_repeatable
 from vbdcompress.devices import check_same_start, named_loss_of_a_process, start_fabric
 from vbdcompress.distillation import teach
+from vbdcompress.dropout import scaled_dropout
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
 from vbdcompress.inputs import Inputs
@@ -84,7 +85,10 @@ def fit(
     fabric = start_fabric(config)
     for batches in (loader, validation):
         check_repeatable(batches)
-    with _forked_noise(fabric), compiled_code(config), named_loss_of_a_process(fabric):
+    follows = teacher is not None and config.distill_share > 0
+    dropout = config.dropout if config.dropout is not None else float(not follows)
+    guards = _forked_noise(fabric), compiled_code(config), named_loss_of_a_process(fabric)
+    with guards[0], guards[1], guards[2], scaled_dropout(model, dropout):
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         shown = _first_inputs(placed) if has_layout(model) else None

@@ -270,10 +270,12 @@ def measure_curve(
         points from the whole network down; thresholds that cut the same are one point.
     """
     points: list[CurvePoint] = []
-    chosen = set() if asked is None else {asked}
+    log_alpha = torch.cat([posterior.log_alpha().flatten() for posterior in find_posteriors(converted.model)])
+    chosen, gone = set() if asked is None else {asked}, -1
     for threshold in sorted({*CURVE_THRESHOLDS, *chosen, float("inf")}, reverse=True):
-        model = slim(converted, threshold, round_to=round_to).model
-        size = measure_size(model, converted.example) if size_of is None else size_of(model)
+        if (count := int((log_alpha >= threshold).sum())) != gone:
+            gone, model = count, slim(converted, threshold, round_to=round_to).model
+            size = measure_size(model, converted.example) if size_of is None else size_of(model)
         if points and size == points[-1].size:
             if threshold in chosen:  # the same network: called by the threshold that was asked for
                 points[-1] = replace(points[-1], threshold=threshold)

@@ -70,7 +70,7 @@ def install_command(work: Path) -> None:
     for path in sorted((work / "results").glob("*/*.json")):
         (RESULTS / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, RESULTS / path.parent.name / path.name)
-    for path in sorted((work / "results").glob("step_cost_*.json")):
+    for path in sorted((work / "results").glob("*_cost_*.json")):
         shutil.copy(path, ZOO / "benchmarks" / path.name)
     for run in sorted((work / "runs").glob("*-vbd-0")):
         if (run / "model.onnx").exists():

@@ -51,6 +51,7 @@ class Step:
         needs: files that must be there before.
         result: of which row, method and seed `made` is the report; None where it is no run.
         gpu: only where there is one.
+        alone: nothing else beside it: it measures times.
     """
 
     name: str
@@ -60,20 +61,22 @@ class Step:
     needs: tuple[Path, ...] = ()
     result: tuple[Row, str, int] | None = None
     gpu: bool = False
+    alone: bool = False
 
 
 VBDCOMPRESS = (sys.executable, "-m", "vbdcompress")
 
 
 def all_steps(options: Options) -> list[Step]:
-    """Everything, in order: dense networks, VBD, the step benchmark, the rivals."""
-    steps = [step for network in NETWORKS for step in _dense_steps(network, options)]
-    runs = [
-        (row, method, seed) for row in ROWS.values() for seed in range(row.seeds) for method in row.methods
-    ]
-    steps += [_run_step(*run, options) for run in runs if run[1] == "vbd"]
-    steps.append(_benchmark_step(options))
-    return steps + [_run_step(*run, options) for run in runs if run[1] != "vbd"]
+    """Everything, in order: benchmarks, dense networks, then seed by seed VBD and its rivals."""
+    steps = _benchmark_steps(options)
+    steps += [step for network in NETWORKS for step in _dense_steps(network, options)]
+    for seed in range(max(row.seeds for row in ROWS.values())):
+        rows = [row for row in ROWS.values() if seed < row.seeds]
+        steps += [_run_step(row, "vbd", seed, options) for row in rows]
+        rivals = [(row, method) for row in rows for method in row.methods if method != "vbd"]
+        steps += [_run_step(row, method, seed, options) for row, method in rivals]
+    return steps
 
 
 def _dense_steps(network: str, options: Options) -> list[Step]:
@@ -117,8 +120,14 @@ def _run_step(row: Row, method: str, seed: int, options: Options) -> Step:
     return Step(name, tuple(command), out / "report.json", out / ".state", needs, (row, method, seed))
 
 
-def _benchmark_step(options: Options) -> Step:
-    out = options.work / "results" / "step_cost_cuda.json"
-    script = str(ROOT / "zoo" / "benchmarks" / "step_cost.py")
-    flags = ("--device", "cuda", "--precision", "bfloat16", "--networks", "vgg_cifar,resnet20", "--compile")
-    return Step("step-cost", (sys.executable, script, *flags, "--out", str(out)), out, gpu=True)
+def _benchmark_steps(options: Options) -> list[Step]:
+    commands = {
+        "step_cost": "--device cuda --precision bfloat16 --networks vgg_cifar --cuda-graphs --turns 20",
+        "epoch_cost": "--device cuda --precision bf16-mixed --networks vgg_cifar --ways graphs",
+    }
+    steps = []
+    for name, flags in commands.items():
+        out = options.work / "results" / f"{name}_cuda.json"
+        command = (sys.executable, str(ROOT / "zoo" / "benchmarks" / f"{name}.py"), *flags.split())
+        steps.append(Step(name.replace("_", "-"), (*command, "--out", str(out)), out, gpu=True, alone=True))
+    return steps

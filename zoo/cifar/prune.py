@@ -53,6 +53,7 @@ IMPORTANCE = {
 @click.option("--data-root", envvar="VBDCOMPRESS_DATA", type=click.Path(path_type=Path))
 @click.option("--precision", default="32-true", show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=False)
+@click.option("--cuda-graphs/--no-cuda-graphs", default=False)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--resume", is_flag=True, help="Go on from where an unfinished run stopped.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
@@ -67,13 +68,14 @@ def main(
     data_root: Path | None,
     precision: str,
     compiled: bool,
+    cuda_graphs: bool,
     device: str,
     resume: bool,
     out: Path,
 ) -> None:
     """Prune, train and write report.json."""
-    machine = {"seed": seed, "precision": precision, "compile": compiled, "device": device}
-    config = make_config(read_toml(recipe) | machine)
+    machine = {"seed": seed, "precision": precision, "compile": compiled, "cuda_graphs": cuda_graphs}
+    config = make_config(read_toml(recipe) | machine | {"device": device})
     loaded = load(dense)
     assert loaded.validation is not None
     dataset = load_data(

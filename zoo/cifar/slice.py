@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from plan import Options, Step, all_steps
 
 GRACE = 20.0
 SHORTEST = 20.0
-GPU_FLAGS = "--precision bf16-mixed --compile"
+POLL = 0.1
+GPU_FLAGS = "--precision bf16-mixed --compile --cuda-graphs"
 
 
 class _StopError(Exception):
@@ -52,6 +54,7 @@ class _StopError(Exception):
     "--arch-arg", "arch_args", multiple=True, metavar="KEY=VALUE", help="Of VGG's builder: width=0.25."
 )
 @click.option("--machine", help=f"Flags of every run.  [default: '{GPU_FLAGS}' with a GPU, else none]")
+@click.option("--at-once", default=1, show_default=True, help="Steps at work beside each other.")
 @click.option("--only", multiple=True, metavar="STEP", help="Only these steps.")
 @click.option(
     "--wheels", type=click.Path(path_type=Path, exists=True), help="Folder of wheels to install first."
@@ -68,6 +71,7 @@ def main(
     zoo: Path,
     arch_args: tuple[str, ...],
     machine: str | None,
+    at_once: int,
     only: tuple[str, ...],
     wheels: Path | None,
     commit: str | None,
@@ -90,7 +94,8 @@ def main(
         return
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_time_up)
-    runner = _Runner(options, _environment(work, wheels), commit or _commit(), has_gpu)
+    environment = _environment(work, wheels, at_once)
+    runner = _Runner(options, environment, commit or _commit(), has_gpu, at_once)
     try:
         runner.work_until(steps, end)
     except _StopError:
@@ -110,8 +115,10 @@ def _standing(step: Step) -> str:
     return "cut off" if step.state is not None and step.state.is_dir() else "to do"
 
 
-def _environment(work: Path, wheels: Path | None) -> dict[str, str]:
-    """Of the steps: this package, the wheels that were given, and compiled code kept between calls."""
+def _environment(work: Path, wheels: Path | None, at_once: int) -> dict[str, str]:
+    """Of the steps: this package, the wheels that were given, a share of the processor's cores each, and
+    compiled code kept between calls.
+    """
     site = work / "site"
     if wheels is not None and not site.is_dir():
         files = [str(path) for path in sorted(wheels.glob("*.whl"))]
@@ -128,11 +135,16 @@ def _environment(work: Path, wheels: Path | None) -> dict[str, str]:
         ]
         subprocess.run([*pip, *files], check=True)
     paths = [str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
-        "PYTHONUNBUFFERED": "1",
-    }
+    cores = max(1, (os.cpu_count() or 1) // at_once)
+    return (
+        {"OMP_NUM_THREADS": str(cores)}
+        | os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
 
 
 def _commit() -> str:
@@ -143,52 +155,88 @@ def _commit() -> str:
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
-class _Runner:
-    """Runs steps until the time is up."""
+@dataclass(frozen=True)
+class _Running:
+    """A step at work, since when, and whether it goes on from an earlier call."""
 
-    def __init__(self, options: Options, environment: dict[str, str], commit: str, has_gpu: bool) -> None:
+    step: Step
+    process: "subprocess.Popen[Any]"
+    started: float
+    resumed: bool
+
+
+class _Runner:
+    """Runs steps until the time is up, so many at once."""
+
+    def __init__(
+        self, options: Options, environment: dict[str, str], commit: str, has_gpu: bool, at_once: int = 1
+    ) -> None:
         self.options, self.environment = options, environment
-        self.commit, self.has_gpu = commit, has_gpu
+        self.commit, self.has_gpu, self.at_once = commit, has_gpu, at_once
         self.log: list[dict[str, Any]] = []
+        self.running: list[_Running] = []
 
     def work_until(self, steps: list[Step], end: float) -> None:
-        """Whatever can be done, in order; a step that fails is told of, and the next one is tried."""
-        for step in steps:
-            missing = [path.name for path in step.needs if not path.exists()]
+        """Whatever can be done, in order; a step that fails is told of, and others are tried."""
+        waiting = list(steps)
+        try:
+            while True:
+                self._start_ready(waiting, end)
+                if not self.running or time.monotonic() >= end:
+                    break
+                time.sleep(POLL)
+                for one in [one for one in self.running if one.process.poll() is not None]:
+                    self._finish(one)
+        finally:
+            for one in self.running:
+                one.process.send_signal(signal.SIGINT)  # as Ctrl-C does: what is done is kept
+            for one in list(self.running):
+                _wait_or_kill(one.process)
+                self._finish(one, cut_off=True)
+        for step in waiting:
+            if missing := [path.name for path in step.needs if not path.exists()]:
+                click.echo(f"{step.name}: left out, needs {', '.join(missing)}")
+
+    def _start_ready(self, waiting: list[Step], end: float) -> None:
+        """Start steps that have what they need; those that are done, or can't be, are waited for no more."""
+        for step in list(waiting):
             if step.made.exists():
                 self._record(step, resumed=False)
-            elif (step.gpu and not self.has_gpu) or missing:
-                click.echo(f"{step.name}: left out, needs {', '.join(missing) or 'a GPU'}")
-            elif end - time.monotonic() > SHORTEST:
-                self._run(step, end)
+                waiting.remove(step)
+            elif step.gpu and not self.has_gpu:
+                click.echo(f"{step.name}: left out, needs a GPU")
+                waiting.remove(step)
+            elif all(path.exists() for path in step.needs) and end - time.monotonic() > SHORTEST:
+                alone = step.alone or any(one.step.alone for one in self.running)
+                if len(self.running) >= (1 if alone else self.at_once):
+                    return
+                waiting.remove(step)
+                self._start(step)
 
-    def _run(self, step: Step, end: float) -> None:
+    def _start(self, step: Step) -> None:
         resumed = step.state is not None and step.state.is_dir()
         command = [*step.command, *(["--resume"] if resumed else [])]
         click.echo(f"{step.name}: {datetime.now(UTC):%H:%M:%S}{', goes on' if resumed else ''}")
-        started = time.monotonic()
-        log = self.options.work / "logs" / f"{step.name}.log"
-        code: int | None = None
-        with log.open("a", encoding="utf-8") as output:
-            running = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=output, stderr=output)
-            try:
-                code = running.wait(timeout=max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _interrupt(running)
-            except _StopError:
-                _interrupt(running)
-                raise
-            finally:
-                taken = round(time.monotonic() - started, 1)
-                state = (
-                    "done" if step.made.exists() else "cut off" if code is None else f"failed, code {code}"
-                )
-                self.log.append({"step": step.name, "seconds": taken, "state": state})
+        with self._log_of(step).open("a", encoding="utf-8") as output:
+            process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=output, stderr=output)
+        self.running.append(_Running(step, process, time.monotonic(), resumed))
+
+    def _log_of(self, step: Step) -> Path:
+        return self.options.work / "logs" / f"{step.name}.log"
+
+    def _finish(self, one: _Running, cut_off: bool = False) -> None:
+        """Tell what became of a step that has ended."""
+        self.running.remove(one)
+        step, taken = one.step, round(time.monotonic() - one.started, 1)
+        code = f"failed, code {one.process.returncode}"
+        state = "done" if step.made.exists() else "cut off" if cut_off else code
+        self.log.append({"step": step.name, "seconds": taken, "state": state})
         click.echo(f"{step.name}: {state} after {taken:.0f} s")
-        if state.startswith("failed"):
-            click.echo("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:]))
-        elif state == "done":
-            self._record(step, resumed)
+        if state == "done":
+            self._record(step, one.resumed)
+        elif not cut_off:
+            told = self._log_of(step).read_text(encoding="utf-8")
+            click.echo("".join(told.splitlines(keepends=True)[-15:]))
 
     def _record(self, step: Step, resumed: bool) -> None:
         """The result file of a finished run."""
@@ -227,14 +275,13 @@ class _Runner:
         return told
 
 
-def _interrupt(running: "subprocess.Popen[Any]") -> None:
-    """As Ctrl-C does: what is done is kept. What does not end within GRACE seconds is killed."""
-    running.send_signal(signal.SIGINT)
+def _wait_or_kill(process: "subprocess.Popen[Any]") -> None:
+    """What does not end within GRACE seconds is killed."""
     try:
-        running.wait(timeout=GRACE)
+        process.wait(timeout=GRACE)
     except subprocess.TimeoutExpired:
-        running.kill()
-        running.wait()
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

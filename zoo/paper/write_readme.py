@@ -68,7 +68,7 @@ def _describe_cifar(row: Any) -> dict[str, Any]:
         _line(CIFAR["RESULTS"] / row.name, method, CIFAR["METHOD_NAMES"][method]) for method in row.methods
     ]
     return {
-        "title": f"{CIFAR['NETWORKS'][row.network].title}, {row.mode}",
+        "title": ", ".join(filter(None, (CIFAR["NETWORKS"][row.network].title, row.mode, row.size))),
         "name": row.name,
         "elsewhere": row.elsewhere,
         "goal": row.goal,
