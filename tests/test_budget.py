@@ -1,8 +1,10 @@
 """The choice of the threshold, on curves written by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from vbdcompress.budget import Budget, make_budget, round_budget, select_threshold
+from vbdcompress.budget import Budget, make_budget, round_budget, select_threshold, warn_of_undecided
 from vbdcompress.config import make_config
 from vbdcompress.errors import SlimError
 from vbdcompress.records import CurvePoint, Size
@@ -73,3 +75,24 @@ def test_a_network_that_meets_an_error_budget_exactly_is_taken():
     # 7 and 8 of 1,000 examples wrong: as floats 0.7 + 0.1 is less than 0.8
     curve = [CurvePoint(float("inf"), 0.7, Size(9, 9, 9, 9)), CurvePoint(1.0, 0.8, Size(4, 4, 4, 4))]
     assert select_threshold(curve, Budget(max_error_increase=0.1), "weights", 0.7).threshold == 1.0
+
+
+@pytest.mark.parametrize(
+    ("limits", "options", "warned"),
+    [
+        ({"nonzeros": 10}, {}, True),
+        ({"nonzeros": 10}, {"max_error_increase": 9.0}, False),
+        ({"nonzeros": 100}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_limits_that_take_what_is_no_noise_yet_are_told_of(limits, options, warned):
+    config = make_config(options | ({"max_params": limits["nonzeros"]} if limits else {}))
+    selection = select_threshold(CURVE, Budget(limits=limits, **options), "channels", 1.0)
+    told = warn_of_undecided(SimpleNamespace(curve=CURVE, selection=selection, beta=3.0), config)
+    assert [
+        "at a log_alpha of -1, the network had 5.00 % validation error" in text
+        and "1.40 % where it is cut at 0" in text
+        and "larger --beta than 3," in text
+        for text in told
+    ] == [True] * warned

@@ -52,6 +52,21 @@ def test_a_limit_of_bytes_is_kept_and_used(zoo, data, tmp_path, bits, seed, allo
     assert found.report["warnings"] == []
 
 
+def test_a_limit_that_takes_undecided_channels_is_warned_of(zoo, data):
+    options = {"mode": "channels", "epochs": 1, "beta": 0.0, "finetune_epochs": 0, "max_macs": "10%"}
+    with pytest.warns(UserWarning) as seen:
+        found = compress(
+            load(zoo / "digits.pt").model,
+            data.train_batches(48, seed=0),
+            validation=data.validation_batches(),
+            test=data.test_batches(),
+            **options,
+        )
+    told = [str(each.message) for each in seen]
+    assert told == found.report["warnings"]
+    assert any("no noise yet: cut at a log_alpha of -" in each for each in told)
+
+
 def test_a_limit_that_estimates_miss_is_met_by_files(zoo, data, tmp_path):
     # 4 bits: all points are estimated below the limit, and the files of the larger ones are above
     found = compress(

@@ -8,10 +8,14 @@ from decimal import Decimal
 from vbdcompress.config import RunConfig
 from vbdcompress.errors import SlimError
 from vbdcompress.records import TIE, CurvePoint, Selection, Size
+from vbdcompress.reporting.build import StageRecord
 from vbdcompress.slimming import DEFAULT_THRESHOLD
 
 _SIZE_ADVICE = "Raise the limit, fit with a larger --beta, or use --mode channels for MACs."
 _LIMIT_NAMES = {"nonzeros": "parameters that are not zero", "macs": "MACs", "bytes": "bytes"}
+
+# Points of validation error before fine-tuning, which makes good for less
+MUCH_WORSE = 2.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,21 @@ def select_threshold(
     told = f"{told} and " if told else ""
     told += f"validation error at most {increase:g} points above {baseline_error:.2f} %"
     return Selection("budget", best.threshold, baseline_error, limits, f"smallest network with {told}")
+
+
+def warn_of_undecided(stage: StageRecord, config: RunConfig) -> list[str]:
+    """A warning where limits took what was no noise yet, and the network was much worse for it."""
+    if not stage.selection.limits or config.max_error_increase is not None:  # that much error was allowed
+        return []
+    chosen = next(point for point in stage.curve if point.threshold == stage.selection.threshold)
+    noise = [point for point in stage.curve if point.threshold >= DEFAULT_THRESHOLD][-1]
+    if chosen.error <= noise.error + MUCH_WORSE or chosen.threshold >= noise.threshold:
+        return []
+    return [
+        f"The limits took what was no noise yet: cut at a log_alpha of {chosen.threshold:g}, the network had "
+        f"{chosen.error:.2f} % validation error before fine-tuning, {noise.error:.2f} % where it is cut at "
+        f"{noise.threshold:g}. Fit with a larger --beta than {stage.beta:g}, or longer, or allow it more."
+    ]
 
 
 def _nearest_size(curve: Sequence[CurvePoint], limits: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.export import ExportedProgram
 
+from vbdcompress.budget import warn_of_undecided
 from vbdcompress.choosing import FileSize
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.config import RunConfig, make_config
@@ -195,6 +196,7 @@ def _run_stages(
             *warnings_of(sources),
             *(_dead(original, current, samples) if judge.metric is top1_error else ()),
             *run.excess(current, rounding, errors),
+            *(told for stage in done for told in warn_of_undecided(stage.record, config)),
         ],
         seconds=time.perf_counter() - started,
         device=str(fabric.device),

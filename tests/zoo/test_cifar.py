@@ -210,3 +210,50 @@ def test_every_recipe_of_the_rows_is_a_valid_configuration(script: Any) -> None:
             assert make_config(read_toml(recipes / row.recipe(method))).mode == row.mode
     for network in rows.NETWORKS:
         make_config(read_toml(recipes / rows.training_recipe(network)))
+
+
+def test_steps_run_beside_each_other_but_those_that_measure(script: Any, tmp_path: Path) -> None:
+    plan, spans = script("plan"), tmp_path / "spans"
+    spans.mkdir()
+
+    def step(name: str, *needs: str, alone: bool = False) -> Any:
+        told = spans / name
+        code = (
+            f"import time, pathlib; a = time.time(); time.sleep(0.7); pathlib.Path({str(told)!r}).write_text("
+        )
+        command = (sys.executable, "-c", code + "f'{a} {time.time()}')")
+        return plan.Step(name, command, told, needs=tuple(spans / each for each in needs), alone=alone)
+
+    steps = [step("one"), step("after_one", "one"), step("two"), step("timing", alone=True), step("three")]
+    (tmp_path / "logs").mkdir()
+    options = plan.Options(tmp_path, ZOO, "cifar10", None)
+    runner = script("slice")._Runner(options, dict(os.environ), "abc", False, at_once=3)
+    runner.work_until(steps, time.monotonic() + 100)
+    assert {entry["step"]: entry["state"] for entry in runner.log} == {one.name: "done" for one in steps}
+    begun, ended = {}, {}
+    for path in spans.iterdir():
+        begun[path.name], ended[path.name] = map(float, path.read_text().split())
+    assert begun["after_one"] > ended["one"]
+    assert begun["two"] < ended["one"]
+    others = [name for name in begun if name != "timing"]
+    assert all(begun[name] > ended["timing"] or ended[name] < begun["timing"] for name in others)
+
+
+def test_what_was_made_is_packed_step_by_step(script: Any, tmp_path: Path) -> None:
+    plan, out = script("plan"), tmp_path / "out"
+    seen = tmp_path / "seen"
+    first = tmp_path / "results" / "one.json"
+    first.parent.mkdir()
+    (tmp_path / "logs").mkdir()
+    writes = f"import pathlib; pathlib.Path({str(first)!r}).write_text('1')"
+    packed = f"pathlib.Path({str(out)!r}, 'carry.00').exists()"
+    looks = f"import pathlib; pathlib.Path({str(seen)!r}).write_text(str({packed}))"
+    steps = [
+        plan.Step("one", (sys.executable, "-c", writes), first),
+        plan.Step("two", (sys.executable, "-c", looks), seen, needs=(first,)),
+    ]
+    options = plan.Options(tmp_path, ZOO, "cifar10", None)
+    script("slice")._Runner(options, dict(os.environ), "abc", False, out=out).work_until(
+        steps, time.monotonic() + 100
+    )
+    assert seen.read_text() == "True"

@@ -127,8 +127,9 @@ class TensorBatches:
                 inputs = _augment_images(
                     inputs, shifts[:, share], mirrored[share] if self.augment == "crop-flip" else None
                 )
-                top, left = shifts[:, share].squeeze(-1) - CROP_PADDING + self.pixels
-                view = top * (2 * self.pixels + 1) + left
+                if self.outputs is not None:
+                    top, left = shifts[:, share].squeeze(-1) - CROP_PADDING + self.pixels
+                    view = top * (2 * self.pixels + 1) + left
             labels = self.labels[chosen]
             if self.outputs is None:
                 yield inputs, labels

@@ -1,11 +1,11 @@
 """Do what is still to be done for the CIFAR-10 tables, for so many seconds; the next call goes on.
 
-    python zoo/cifar/slice.py --seconds 540 --work WORK --out OUT --data-root DATA
+    python zoo/cifar/slice.py --seconds 540 --at-once 5 --work WORK --out OUT --data-root DATA
 
 For machines that are at hand for minutes only. Each step is a command of its own that anybody can give
-(plan.py); the one that the time runs out on is interrupted and goes on in the next call. What was made is
+(plan.py); those that the time runs out on are interrupted and go on in the next call. What was made is
 packed into OUT in files of at most 15 MB, from which carry.py makes WORK again on another machine, and
-installs the zoo.
+installs the zoo: after each step, so that a machine that is taken away takes little along.
 
 On a machine without internet give the folder of the wheels that it lacks: --wheels DIR.
 """
@@ -95,7 +95,7 @@ def main(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_time_up)
     environment = _environment(work, wheels, at_once)
-    runner = _Runner(options, environment, commit or _commit(), has_gpu, at_once)
+    runner = _Runner(options, environment, commit or _commit(), has_gpu, at_once, out)
     try:
         runner.work_until(steps, end)
     except _StopError:
@@ -169,9 +169,15 @@ class _Runner:
     """Runs steps until the time is up, so many at once."""
 
     def __init__(
-        self, options: Options, environment: dict[str, str], commit: str, has_gpu: bool, at_once: int = 1
+        self,
+        options: Options,
+        environment: dict[str, str],
+        commit: str,
+        has_gpu: bool,
+        at_once: int = 1,
+        out: Path | None = None,
     ) -> None:
-        self.options, self.environment = options, environment
+        self.options, self.environment, self.out = options, environment, out
         self.commit, self.has_gpu, self.at_once = commit, has_gpu, at_once
         self.log: list[dict[str, Any]] = []
         self.running: list[_Running] = []
@@ -234,6 +240,8 @@ class _Runner:
         click.echo(f"{step.name}: {state} after {taken:.0f} s")
         if state == "done":
             self._record(step, one.resumed)
+            if self.out is not None:
+                list(pack(self.options.work, self.out, LIMIT))  # the end tells what does not fit
         elif not cut_off:
             told = self._log_of(step).read_text(encoding="utf-8")
             click.echo("".join(told.splitlines(keepends=True)[-15:]))

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from rows import METHOD_NAMES, METHODS, RESULTS, ROWS, ZOO, Row
 
 TEMPLATE = Path(__file__).with_name("README.md.jinja")
+EPOCHS = ZOO / "benchmarks" / "epoch_cost_cuda.json"
 BENCHMARKS = ("step_cost.json", "step_cost_cifar.json", "step_cost_cuda.json")
 CIFAR = runpy.run_path(str(ZOO / "cifar" / "cifar_rows.py"))
 
@@ -34,6 +35,7 @@ def main(out: Path) -> None:
     text = template.render(
         tables=tables,
         benchmarks=[json.loads(path.read_text(encoding="utf-8")) for path in benchmarks if path.exists()],
+        epochs=json.loads(EPOCHS.read_text(encoding="utf-8")) if EPOCHS.exists() else None,
         cifar=[_describe_cifar(row) for row in CIFAR["ROWS"].values()],
         cifar_networks=list(CIFAR["NETWORKS"].values()),
         bits=_read("bits"),
@@ -72,6 +74,7 @@ def _describe_cifar(row: Any) -> dict[str, Any]:
         "name": row.name,
         "elsewhere": row.elsewhere,
         "goal": row.goal,
+        "remark": row.remark,
         "lines": [line for line in lines if line],
     }
 
