@@ -77,22 +77,34 @@ def test_a_network_that_meets_an_error_budget_exactly_is_taken():
     assert select_threshold(curve, Budget(max_error_increase=0.1), "weights", 0.7).threshold == 1.0
 
 
+ROUNDS = {"mode": "both", "first": {"beta": 0.5}}
+
+
 @pytest.mark.parametrize(
-    ("limits", "options", "warned"),
+    ("limits", "options", "number", "warned"),
     [
-        ({"nonzeros": 10}, {}, True),
-        ({"nonzeros": 10}, {"max_error_increase": 9.0}, False),
-        ({"nonzeros": 100}, {}, False),
-        ({}, {}, False),
+        ({"nonzeros": 10}, {}, 0, ["1.40 % where it is cut at 0. Fit with a larger --beta than 3,"]),
+        ({"nonzeros": 10}, {"max_error_increase": 9.0}, 0, []),
+        ({"nonzeros": 100}, {}, 0, []),
+        ({}, {}, 0, []),
+        ({"nonzeros": 10}, ROUNDS, 0, ["Fit with a larger first.beta than 3,"]),
+        ({"nonzeros": 10}, ROUNDS, 1, ["no noise yet in round 2: cut", "larger --beta than 3,"]),
     ],
 )
-def test_limits_that_take_what_is_no_noise_yet_are_told_of(limits, options, warned):
+def test_limits_that_take_what_is_no_noise_yet_are_told_of(limits, options, number, warned):
     config = make_config(options | ({"max_params": limits["nonzeros"]} if limits else {}))
-    selection = select_threshold(CURVE, Budget(limits=limits, **options), "channels", 1.0)
-    told = warn_of_undecided(SimpleNamespace(curve=CURVE, selection=selection, beta=3.0), config)
-    assert [
-        "at a log_alpha of -1, the network had 5.00 % validation error" in text
-        and "1.40 % where it is cut at 0" in text
-        and "larger --beta than 3," in text
-        for text in told
-    ] == [True] * warned
+    budget = Budget(max_error_increase=config.max_error_increase, limits=limits)
+    selection = select_threshold(CURVE, budget, "channels", 1.0)
+    told = warn_of_undecided(SimpleNamespace(curve=CURVE, selection=selection, beta=3.0), config, number)
+    assert len(told) == bool(warned)
+    for part in warned:
+        assert part in told[0]
+        assert "cut at a log_alpha of -1, the network had 5.00 % validation error" in told[0]
+
+
+def test_the_warning_of_a_curve_without_noise_compares_with_the_whole_network():
+    curve = (CURVE[0], CURVE[-1])
+    selection = select_threshold(curve, Budget(limits={"nonzeros": 10}), "channels", 1.0)
+    stage = SimpleNamespace(curve=curve, selection=selection, beta=3.0)
+    (told,) = warn_of_undecided(stage, make_config({"max_params": 10}), 0)
+    assert "before fine-tuning, 1.00 % whole. Fit" in told

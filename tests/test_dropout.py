@@ -1,17 +1,23 @@
 """A network's own dropout in a fit, seen from outside: how much of what went through it was zero."""
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
+from vbdcompress import compress
 from vbdcompress.attention import HeadAttention
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.dropout import scaled_dropout
+from vbdcompress.errors import FitError
+from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.fitting import fit
 
 WIDE = 2000
@@ -60,11 +66,12 @@ def test_modules_that_drop_out_by_themselves(share: float) -> None:
     model = nn.ModuleList(
         [attention, HeadAttention(attention), nn.LSTM(4, 4, 2, dropout=0.4), nn.Dropout2d(0.4)]
     )
+    model.append(StochasticDepth(0.4, "row"))
     rates: list[Callable[[], float]] = [lambda i=i: model[i].dropout for i in range(3)]  # type: ignore[misc]
-    rates.append(lambda: model[3].p)  # type: ignore[arg-type, return-value]
+    rates += [lambda i=i: model[i].p for i in (3, 4)]  # type: ignore[misc]
     with scaled_dropout(model, share):
-        assert [rate() for rate in rates] == [0.4 * share] * 4
-    assert [rate() for rate in rates] == [0.4] * 4
+        assert [rate() for rate in rates] == [0.4 * share] * 5
+    assert [rate() for rate in rates] == [0.4] * 5
 
 
 def test_an_lstm_without_dropout_repeats_itself() -> None:
@@ -72,3 +79,67 @@ def test_an_lstm_without_dropout_repeats_itself() -> None:
     with scaled_dropout(model, 0.0):
         assert torch.equal(model(inputs)[0], model(inputs)[0])
     assert not torch.equal(model(inputs)[0], model(inputs)[0])
+
+
+def test_rates_come_back_from_a_fit_that_fails(small_batches: TensorBatches) -> None:
+    model = Dropping()
+    config = FitConfig(epochs=1, device="cpu", dropout=0.0)
+    with pytest.raises(FitError, match="not finite"):
+        fit(model, small_batches, config, loss=lambda output, _: output.sum() * float("nan"))
+    assert model.zeros[0] == 0.0
+    assert model.drop.p == 0.5
+
+
+class Computed(nn.Dropout):
+    """Says its rate itself: it can't be set."""
+
+    @property
+    def p(self) -> float:  # type: ignore[override]
+        return 0.5
+
+    @p.setter
+    def p(self, value: float) -> None:
+        if value != 0.5:
+            raise AttributeError
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_a_rate_that_can_not_be_set_is_left(small_batches: TensorBatches, dropout: float) -> None:
+    model = Dropping()
+    model.drop = Computed(0.5)
+    fit(model, small_batches, FitConfig(epochs=1, device="cpu", dropout=dropout))
+    assert model.zeros == pytest.approx([0.5] * 3, abs=0.03)
+
+
+def test_a_run_begun_before_dropout_could_be_left_out_goes_on_with_all_of_it(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs, labels = torch.randn(40, 5, generator=generator), torch.arange(40) % 3
+    batches = TensorBatches(inputs, labels, 4, shuffle=True)
+
+    class Stop:
+        def on_start(self, title: str, epochs: int) -> None: ...
+
+        def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None: ...
+
+        def on_epoch(self, row: Any, epochs: int) -> None:
+            if row.epoch == 2:
+                raise KeyboardInterrupt
+
+    def go(**options: Any) -> list[float]:
+        torch.manual_seed(0)
+        told = {"epochs": 4, "finetune_epochs": 0, "device": "cpu", "checkpoints": tmp_path} | options
+        found = compress(Dropping(), batches, validation=batches, test=batches, **told)
+        return [row["nll"] for row in found.report["stages"][0]["epochs"]]
+
+    unbroken = go(dropout=1.0, checkpoints=None)
+    with pytest.raises(KeyboardInterrupt):
+        go(dropout=1.0, listener=Stop())
+    identity = json.loads((tmp_path / "run.json").read_text())
+    del identity["dropout"]
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    state = load_tensors(tmp_path / "1-channels.ckpt")
+    del state["config"]["dropout"]
+    save_tensors(tmp_path / "1-channels.ckpt", state)
+    with pytest.raises(FitError, match=r"dropout was 1\.0, is None"):
+        go(resume=True)
+    assert go(resume=True, dropout=1.0) == unbroken

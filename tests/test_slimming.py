@@ -154,6 +154,43 @@ def test_measure_curve_has_the_threshold_that_was_asked_for():
     assert [point.threshold for point in curve] == [2.3, -4.0]
 
 
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+def test_measure_curve_cuts_once_where_thresholds_take_the_same(mode, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3))
+    converted = convert(model, torch.randn(4, 6), mode)
+    for posterior in find_posteriors(converted.model):
+        posterior.theta.data.normal_().sign_()
+        posterior.log_sigma2.data.copy_(torch.tensor([-9.0, 2.2])[torch.randint(0, 2, posterior.theta.shape)])
+    cuts = []
+
+    def counting(*arguments, **options):
+        cuts.append(arguments[1])
+        return slim(*arguments, **options)
+
+    monkeypatch.setattr("vbdcompress.slimming.slim", counting)
+    curve = measure_curve(converted, lambda _: 0.0, prepare=lambda _: None)
+    assert cuts == [float("inf"), 2.0]
+    assert [point.threshold for point in curve] == cuts
+    for threshold in (6.0, 2.5, 2.0, -4.0):  # each cut on its own
+        point = [point for point in curve if point.threshold >= threshold][-1]
+        left = slim(converted, threshold).model
+        assert point.size.parameters == sum(each.numel() for each in left.parameters())
+        assert point.size.nonzeros == sum(int(each.count_nonzero()) for each in left.parameters())
+
+
+def test_measure_curve_decides_ties_as_slim_does():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(2, 6)
+    converted = convert(model, inputs, "weights")
+    for posterior in find_posteriors(converted.model):  # log_alpha is 1.5, but for rounding
+        posterior.log_sigma2.data.copy_(1.5 + 2 * posterior.theta.detach().abs().log())
+    curve = measure_curve(converted, lambda _: 0.0, prepare=lambda _: None, asked=1.2)
+    for point in curve:
+        left = slim(converted, point.threshold).model
+        assert point.size.nonzeros == sum(int(each.count_nonzero()) for each in left.parameters())
+
+
 @pytest.mark.parametrize("options", [{"threshold": float("nan")}, {"round_to": 0}])
 def test_slim_refuses_what_is_no_threshold(options: dict[str, Any]) -> None:
     converted = convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(2, 4))

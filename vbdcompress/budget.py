@@ -1,5 +1,6 @@
 """How much goes: the point on a curve that a budget asks for."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,18 +116,26 @@ def select_threshold(
     return Selection("budget", best.threshold, baseline_error, limits, f"smallest network with {told}")
 
 
-def warn_of_undecided(stage: StageRecord, config: RunConfig) -> list[str]:
-    """A warning where limits took what was no noise yet, and the network was much worse for it."""
+def warn_of_undecided(stage: StageRecord, config: RunConfig, number: int) -> list[str]:
+    """A warning where limits took what was no noise yet, and the network was much worse for it.
+
+    Args:
+        number: of the round, from 0.
+    """
     if not stage.selection.limits or config.max_error_increase is not None:  # that much error was allowed
         return []
     chosen = next(point for point in stage.curve if point.threshold == stage.selection.threshold)
     noise = [point for point in stage.curve if point.threshold >= DEFAULT_THRESHOLD][-1]
-    if chosen.error <= noise.error + MUCH_WORSE or chosen.threshold >= noise.threshold:
+    if not chosen.error > noise.error + MUCH_WORSE or chosen.threshold >= noise.threshold:
         return []
+    own = number + 1 < len(config.rounds) and config.first.beta is not None
+    whole = "whole" if math.isinf(noise.threshold) else f"where it is cut at {noise.threshold:g}"
+    told = f" in round {number + 1}" if len(config.rounds) > 1 else ""
     return [
-        f"The limits took what was no noise yet: cut at a log_alpha of {chosen.threshold:g}, the network had "
-        f"{chosen.error:.2f} % validation error before fine-tuning, {noise.error:.2f} % where it is cut at "
-        f"{noise.threshold:g}. Fit with a larger --beta than {stage.beta:g}, or longer, or allow it more."
+        f"The limits took what was no noise yet{told}: cut at a log_alpha of {chosen.threshold:g}, the "
+        f"network had {chosen.error:.2f} % validation error before fine-tuning, {noise.error:.2f} % {whole}. "
+        f"Fit with a larger {'first.beta' if own else '--beta'} than {stage.beta:g}, or longer, or allow it "
+        "more."
     ]
 
 

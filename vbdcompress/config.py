@@ -65,8 +65,8 @@ class FitConfig(BaseModel):
         None,
         ge=0,
         le=1,
-        description="Share of the network's own dropout rates that stays while it is fitted and fine-tuned; "
-        "without it 0 where it follows the original, else 1.",
+        description="Share of the rates of the network's own dropout and stochastic depth that stays while "
+        "it is fitted and fine-tuned; without it 0 where it follows the original, else 1.",
     )
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of shuffling and noise.")

@@ -55,7 +55,8 @@ def _launch(config: FitConfig, accelerator: str, devices: int, nodes: int) -> Fa
     with warnings.catch_warnings():
         # Fabric's advice to users of its own (unused GPUs, worker counts, matrix units) is not ours to give.
         warnings.filterwarnings("ignore", module="lightning_fabric")
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        logger = logging.getLogger("lightning_fabric")
+        logger.setLevel(max(logger.level, logging.WARNING))
         try:
             fabric = Fabric(
                 accelerator=accelerator,

@@ -196,7 +196,7 @@ def _run_stages(
             *warnings_of(sources),
             *(_dead(original, current, samples) if judge.metric is top1_error else ()),
             *run.excess(current, rounding, errors),
-            *(told for stage in done for told in warn_of_undecided(stage.record, config)),
+            *(told for n, stage in enumerate(done) for told in warn_of_undecided(stage.record, config, n)),
         ],
         seconds=time.perf_counter() - started,
         device=str(fabric.device),

@@ -28,7 +28,7 @@ from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import other_sizes, plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
-from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
+from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, log_alpha_of, set_threshold_
 
 # Thresholds of log_alpha at which the curve is measured; the literature's is 3
 CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
@@ -248,6 +248,16 @@ def reestimate_batch_norm_(
         norm.eval()
 
 
+@torch.no_grad()
+def _count_gone(model: nn.Module, threshold: float) -> int:
+    """How many weights or gates a cut takes, in double precision as `slim` decides it."""
+    if threshold == KEEP_ALL:
+        return 0
+    posteriors = find_posteriors(model)
+    kept = (log_alpha_of(p.theta.double(), p.log_sigma2.double()) < threshold for p in posteriors)
+    return sum(int((~each).sum()) for each in kept)
+
+
 def measure_curve(
     converted: Converted,
     measure: Callable[[nn.Module], float],
@@ -270,10 +280,9 @@ def measure_curve(
         points from the whole network down; thresholds that cut the same are one point.
     """
     points: list[CurvePoint] = []
-    log_alpha = torch.cat([posterior.log_alpha().flatten() for posterior in find_posteriors(converted.model)])
     chosen, gone = set() if asked is None else {asked}, -1
     for threshold in sorted({*CURVE_THRESHOLDS, *chosen, float("inf")}, reverse=True):
-        if (count := int((log_alpha >= threshold).sum())) != gone:
+        if (count := _count_gone(converted.model, threshold)) != gone:
             gone, model = count, slim(converted, threshold, round_to=round_to).model
             size = measure_size(model, converted.example) if size_of is None else size_of(model)
         if points and size == points[-1].size:

@@ -35,6 +35,8 @@ FINETUNING = {"finetune_epochs", "lr_finetune"}
 WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
 # The network's on made-up inputs: so many of each, the same to so much of the largest
 OUTPUTS, SHOWN, OUTPUTS_TOLERANCE = "outputs", 16, 1e-3
+# What runs did that began before the option was there
+BEFORE = {"dropout": 1.0}
 # What runs did not note that began before it was asked for
 LATER = {"loss", "digests", OUTPUTS}
 
@@ -130,6 +132,7 @@ class Workplace:
         path = self.folder / IDENTITY_FILE
         before = self._identity_of_last(path)
         if self.resume and before is not None:
+            before = BEFORE | before
             told = {key: value for key, value in identity.items() if key in before or key not in LATER}
             differing = sorted(key for key, value in told.items() if not _same(key, value, before.get(key)))
             fatal = [key for key in differing if key not in CUT | FINETUNING | WRITING]

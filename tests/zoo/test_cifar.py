@@ -137,7 +137,7 @@ def test_a_finished_run_becomes_a_result(script: Any, tmp_path: Path) -> None:
     step.made.parent.mkdir(parents=True)
     report = ZOO.parent / "exports" / "digits_channels" / "report.json"
     step.made.write_bytes(report.read_bytes())
-    script("slice")._Runner(options, {}, "abc", False).work_until([step], 0.0)
+    script("runner").Runner(options, {}, "abc", False).work_until([step], 0.0)
     found = json.loads((work / "results" / "vgg_cifar_channels" / "vbd-0.json").read_text())
     told = json.loads(report.read_text())
     assert found["test_error"] == told["errors"]["test"]["after"]
@@ -227,7 +227,7 @@ def test_steps_run_beside_each_other_but_those_that_measure(script: Any, tmp_pat
     steps = [step("one"), step("after_one", "one"), step("two"), step("timing", alone=True), step("three")]
     (tmp_path / "logs").mkdir()
     options = plan.Options(tmp_path, ZOO, "cifar10", None)
-    runner = script("slice")._Runner(options, dict(os.environ), "abc", False, at_once=3)
+    runner = script("runner").Runner(options, dict(os.environ), "abc", False, at_once=3)
     runner.work_until(steps, time.monotonic() + 100)
     assert {entry["step"]: entry["state"] for entry in runner.log} == {one.name: "done" for one in steps}
     begun, ended = {}, {}
@@ -253,7 +253,34 @@ def test_what_was_made_is_packed_step_by_step(script: Any, tmp_path: Path) -> No
         plan.Step("two", (sys.executable, "-c", looks), seen, needs=(first,)),
     ]
     options = plan.Options(tmp_path, ZOO, "cifar10", None)
-    script("slice")._Runner(options, dict(os.environ), "abc", False, out=out).work_until(
+    script("runner").Runner(options, dict(os.environ), "abc", False, out=out).work_until(
         steps, time.monotonic() + 100
     )
     assert seen.read_text() == "True"
+
+
+DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+
+
+def test_the_end_comes_for_all_steps_at_once(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    plan, runner = script("plan"), script("runner")
+    monkeypatch.setattr(runner, "GRACE", 3.0)
+    (tmp_path / "logs").mkdir()
+    steps = [
+        plan.Step(name, (sys.executable, "-c", DEAF), tmp_path / name)
+        for name in ("one", "two", "three", "four")
+    ]
+    steps.append(plan.Step("fails", (sys.executable, "-c", "raise SystemExit(3)"), tmp_path / "none"))
+    at_work = runner.Runner(plan.Options(tmp_path, ZOO, "cifar10", None), dict(os.environ), "abc", False, 5)
+    monkeypatch.setattr(runner, "SHORTEST", 0.0)
+    started = time.monotonic()
+    at_work.work_until(steps, started + 2.0)
+    assert time.monotonic() - started < 2.0 + 2 * runner.GRACE  # not GRACE for each of four
+    states = {entry["step"]: entry["state"] for entry in at_work.log}
+    assert states == dict.fromkeys(("one", "two", "three", "four"), "cut off") | {"fails": "failed, code 3"}
+    assert at_work.running == []
+
+
+def test_slice_refuses_to_run_nothing_at_once(tmp_path: Path) -> None:
+    running = start("--at-once", "0", "--work", tmp_path / "work", "--out", tmp_path / "out")
+    assert "0 is not in the range x>=1" in running.communicate(timeout=60)[0]

@@ -107,3 +107,23 @@ def test_a_network_goes_on_from_a_rounded_state(script: Any, tmp_path: Path, mon
         ).epochs
         assert len(rows) == 2
         assert rows[1].nll < rows[0].nll
+
+
+def test_pack_leaves_out_what_vanishes_meanwhile(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    carry, work = script("carry"), tmp_path / "work"
+    for name in ("one", "two"):
+        (work / "results" / name).mkdir(parents=True)
+        (work / "results" / name / "vbd-0.json").write_text(name)
+    files = carry._files
+
+    def vanishing(folder: Path) -> Any:
+        for path in list(files(folder)):
+            if path.parent.name == "one":
+                path.unlink()
+            yield path
+
+    monkeypatch.setattr(carry, "_files", vanishing)
+    assert list(carry.pack(work, tmp_path / "out")) == []
+    carry.unpack(tmp_path / "out", tmp_path / "there")
+    assert sorted(path.parent.name for path in (tmp_path / "there").rglob("vbd-0.json")) == ["two"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["carry.00"]

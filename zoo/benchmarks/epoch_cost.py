@@ -79,8 +79,8 @@ def main(
                 rows.append(row | _measure(plain, variant, batches, config))
                 told = f"{network:12} {variant:9} {way:9} first {rows[-1]['first']:7.2f} s"
                 click.echo(f"{told}  an epoch {rows[-1]['seconds']:7.3f} s")
-                if out is not None:
-                    _write(out, rows, images)
+    if out is not None:
+        _write(out, rows, images)
 
 
 def _measure(plain: nn.Module, variant: str, batches: TensorBatches, config: FitConfig) -> dict[str, float]:
@@ -102,6 +102,7 @@ def _write(out: Path, rows: list[dict[str, Any]], images: int) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "images": images,
+        "note": "",
         "command": " ".join(["python zoo/benchmarks/epoch_cost.py", *given]),
         "rows": rows,
     }

@@ -90,11 +90,14 @@ def pack(work: Path, out: Path, limit: int = LIMIT, *, everything: bool = False)
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in _files(work):
             name = str(path.relative_to(work))
-            if known.get(name) == _mark(path):
-                continue
-            content = (
-                _state_bytes(path) if name.startswith("dense") or ".state" in name else path.read_bytes()
-            )
+            try:
+                if known.get(name) == _mark(path):
+                    continue
+                content = (
+                    _state_bytes(path) if name.startswith("dense") or ".state" in name else path.read_bytes()
+                )
+            except FileNotFoundError:
+                continue  # of a step that runs beside: its state goes when it is done
             if buffer.tell() + len(content) + 20_000 > limit:  # the archive's own blocks beside it
                 yield f"left behind: {name} ({len(content):,} bytes)"
                 continue
@@ -102,11 +105,16 @@ def pack(work: Path, out: Path, limit: int = LIMIT, *, everything: bool = False)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("carry.[0-9][0-9]"):
-        old.unlink()
-    whole = buffer.getbuffer()
+    whole, before = buffer.getbuffer(), set(out.glob("carry.[0-9][0-9]"))
+    parts = {}
     for number, start in enumerate(range(0, len(whole), PART)):
-        (out / f"carry.{number:02}").write_bytes(whole[start : start + PART])
+        written = out / f"carry.{number:02}.part"
+        written.write_bytes(whole[start : start + PART])
+        parts[written] = out / f"carry.{number:02}"
+    for written, part in parts.items():  # all at once, as nearly as can be: a machine may be taken away
+        written.replace(part)
+    for old in before - set(parts.values()):
+        old.unlink()
 
 
 def unpack(folder: Path, work: Path) -> None:
@@ -122,10 +130,19 @@ def unpack(folder: Path, work: Path) -> None:
 
 def _files(work: Path) -> Iterator[Path]:
     for pattern in (*KINDS, *STATES):
-        for path in sorted(work.glob(pattern)):
+        for path in _found(work, pattern):
             stored = path.parent.name == "dense" and (work / "zoo" / path.name).exists()
             if path.is_file() and path.suffix != ".part" and not stored:
                 yield path
+
+
+def _found(work: Path, pattern: str) -> list[Path]:
+    """What a pattern names; looked up again where a step that runs beside takes a folder away meanwhile."""
+    while True:
+        try:
+            return sorted(work.glob(pattern))
+        except FileNotFoundError:
+            continue
 
 
 def _mark(path: Path) -> list[int]:

@@ -10,7 +10,6 @@ installs the zoo: after each step, so that a machine that is taken away takes li
 On a machine without internet give the folder of the wheels that it lacks: --wheels DIR.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -18,8 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,8 @@ import click
 from carry import LIMIT, pack, unpack
 from cifar_rows import ROOT, ZOO
 from plan import Options, Step, all_steps
+from runner import Runner
 
-GRACE = 20.0
-SHORTEST = 20.0
-POLL = 0.1
 GPU_FLAGS = "--precision bf16-mixed --compile --cuda-graphs"
 
 
@@ -54,7 +49,13 @@ class _StopError(Exception):
     "--arch-arg", "arch_args", multiple=True, metavar="KEY=VALUE", help="Of VGG's builder: width=0.25."
 )
 @click.option("--machine", help=f"Flags of every run.  [default: '{GPU_FLAGS}' with a GPU, else none]")
-@click.option("--at-once", default=1, show_default=True, help="Steps at work beside each other.")
+@click.option(
+    "--at-once",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Steps at work beside each other.",
+)
 @click.option("--only", multiple=True, metavar="STEP", help="Only these steps.")
 @click.option(
     "--wheels", type=click.Path(path_type=Path, exists=True), help="Folder of wheels to install first."
@@ -92,10 +93,15 @@ def main(
         for step in steps:
             click.echo(f"{step.name}: {_standing(step)}")
         return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _raise_time_up)
     environment = _environment(work, wheels, at_once)
-    runner = _Runner(options, environment, commit or _commit(), has_gpu, at_once, out)
+    runner = Runner(options, environment, commit or _commit(), has_gpu, at_once, out)
+
+    def stop(*_: Any) -> None:
+        if not runner.stopping:  # once is enough
+            raise _StopError
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         runner.work_until(steps, end)
     except _StopError:
@@ -103,10 +109,6 @@ def main(
     for line in pack(work, out, LIMIT):
         click.echo(line)
     (out / "slice.json").write_text(json.dumps(runner.log, indent=1) + "\n", encoding="utf-8")
-
-
-def _raise_time_up(*_: Any) -> None:
-    raise _StopError
 
 
 def _standing(step: Step) -> str:
@@ -153,143 +155,6 @@ def _commit() -> str:
     if shutil.which("git") is None:
         return "unknown"
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A step at work, since when, and whether it goes on from an earlier call."""
-
-    step: Step
-    process: "subprocess.Popen[Any]"
-    started: float
-    resumed: bool
-
-
-class _Runner:
-    """Runs steps until the time is up, so many at once."""
-
-    def __init__(
-        self,
-        options: Options,
-        environment: dict[str, str],
-        commit: str,
-        has_gpu: bool,
-        at_once: int = 1,
-        out: Path | None = None,
-    ) -> None:
-        self.options, self.environment, self.out = options, environment, out
-        self.commit, self.has_gpu, self.at_once = commit, has_gpu, at_once
-        self.log: list[dict[str, Any]] = []
-        self.running: list[_Running] = []
-
-    def work_until(self, steps: list[Step], end: float) -> None:
-        """Whatever can be done, in order; a step that fails is told of, and others are tried."""
-        waiting = list(steps)
-        try:
-            while True:
-                self._start_ready(waiting, end)
-                if not self.running or time.monotonic() >= end:
-                    break
-                time.sleep(POLL)
-                for one in [one for one in self.running if one.process.poll() is not None]:
-                    self._finish(one)
-        finally:
-            for one in self.running:
-                one.process.send_signal(signal.SIGINT)  # as Ctrl-C does: what is done is kept
-            for one in list(self.running):
-                _wait_or_kill(one.process)
-                self._finish(one, cut_off=True)
-        for step in waiting:
-            if missing := [path.name for path in step.needs if not path.exists()]:
-                click.echo(f"{step.name}: left out, needs {', '.join(missing)}")
-
-    def _start_ready(self, waiting: list[Step], end: float) -> None:
-        """Start steps that have what they need; those that are done, or can't be, are waited for no more."""
-        for step in list(waiting):
-            if step.made.exists():
-                self._record(step, resumed=False)
-                waiting.remove(step)
-            elif step.gpu and not self.has_gpu:
-                click.echo(f"{step.name}: left out, needs a GPU")
-                waiting.remove(step)
-            elif all(path.exists() for path in step.needs) and end - time.monotonic() > SHORTEST:
-                alone = step.alone or any(one.step.alone for one in self.running)
-                if len(self.running) >= (1 if alone else self.at_once):
-                    return
-                waiting.remove(step)
-                self._start(step)
-
-    def _start(self, step: Step) -> None:
-        resumed = step.state is not None and step.state.is_dir()
-        command = [*step.command, *(["--resume"] if resumed else [])]
-        click.echo(f"{step.name}: {datetime.now(UTC):%H:%M:%S}{', goes on' if resumed else ''}")
-        with self._log_of(step).open("a", encoding="utf-8") as output:
-            process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=output, stderr=output)
-        self.running.append(_Running(step, process, time.monotonic(), resumed))
-
-    def _log_of(self, step: Step) -> Path:
-        return self.options.work / "logs" / f"{step.name}.log"
-
-    def _finish(self, one: _Running, cut_off: bool = False) -> None:
-        """Tell what became of a step that has ended."""
-        self.running.remove(one)
-        step, taken = one.step, round(time.monotonic() - one.started, 1)
-        code = f"failed, code {one.process.returncode}"
-        state = "done" if step.made.exists() else "cut off" if cut_off else code
-        self.log.append({"step": step.name, "seconds": taken, "state": state})
-        click.echo(f"{step.name}: {state} after {taken:.0f} s")
-        if state == "done":
-            self._record(step, one.resumed)
-            if self.out is not None:
-                list(pack(self.options.work, self.out, LIMIT))  # the end tells what does not fit
-        elif not cut_off:
-            told = self._log_of(step).read_text(encoding="utf-8")
-            click.echo("".join(told.splitlines(keepends=True)[-15:]))
-
-    def _record(self, step: Step, resumed: bool) -> None:
-        """The result file of a finished run."""
-        if step.result is None:
-            return
-        row, method, seed = step.result
-        path = self.options.work / "results" / row.name / f"{method}-{seed}.json"
-        if path.exists():
-            return
-        sys.path.append(str(ZOO / "paper"))  # reports are read as the paper's tables read them
-        figures = importlib.import_module("tables").figures
-        report = json.loads(step.made.read_text(encoding="utf-8"))
-        content = figures(report) | {
-            "row": row.name,
-            "method": method,
-            "seed": seed,
-            "command": self._shown(step),
-            "commit": self.commit,
-            "resumed": resumed,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    def _shown(self, step: Step) -> str:
-        """The command as anybody may give it, without this machine's folders."""
-        told = " ".join(step.command[: len(step.command) - len(self.options.reading)])
-        for folder, name in (
-            (f"{self.options.work / 'runs'}", ".runs"),
-            (f"{self.options.work / 'zoo'}", "zoo"),
-            (f"{self.options.zoo}", "zoo"),
-            (f"{ROOT}/", ""),
-            (f"{sys.executable} -m vbdcompress", "vbdcompress"),
-            (sys.executable, "python"),
-        ):
-            told = told.replace(folder, name)
-        return told
-
-
-def _wait_or_kill(process: "subprocess.Popen[Any]") -> None:
-    """What does not end within GRACE seconds is killed."""
-    try:
-        process.wait(timeout=GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":
