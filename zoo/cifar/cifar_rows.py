@@ -85,9 +85,9 @@ ROWS = {
             "better than each of them",
             "A beta of 3 was too low for these limits: after 25 epochs VBD's gates were undecided, and the "
             "cut fell at a log alpha of -2.6, where the validation error was 20 % before fine-tuning (6.5 % "
-            "at 0.99M parameters and 120M MACs, at -1). VD's fell at -3.9, which left one hidden unit. Magnitude "
-            "pruning took all but 2 to 4 channels of each of the first four layers: over all layers at once, its "
-            "importance knows no layer's worth. The next run should take a beta of about 12.",
+            "at 0.99M parameters and 120M MACs, at -1). VD's fell at -3.9, which left one hidden unit. "
+            "Magnitude pruning, over all layers at once, took all but 2 to 4 channels of each of the first "
+            "four layers. The next run should take a beta of about 12.",
             seeds=3,
         ),
         Row(
