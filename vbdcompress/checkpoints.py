@@ -16,8 +16,8 @@ from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.records import EpochRow
 
 CHECKPOINT_SHARE = 0.05
-# What those do that were begun before an option was there, by its name
-BEFORE: dict[str, tuple[Any, ...]] = {"dropout": (None, 1.0)}
+# What runs did that were begun before an option was there, by its name
+BEFORE = {"dropout": 1.0}
 START_ANEW = "Resume with the same options, or start anew with --overwrite."
 
 
@@ -107,7 +107,7 @@ class FitState:
         differing = {
             name: (saved.get(name), value)
             for name, value in _fingerprint(self.config).items()
-            if saved.get(name) != value and not (name not in saved and value in BEFORE.get(name, ()))
+            if saved.get(name) != value and not (name not in saved and value == BEFORE.get(name))
         }
         if differing:
             changes = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in differing.items())

@@ -85,10 +85,12 @@ def fit(
     fabric = start_fabric(config)
     for batches in (loader, validation):
         check_repeatable(batches)
-    follows = teacher is not None and config.distill_share > 0
-    dropout = config.dropout if config.dropout is not None else float(not follows)
-    guards = _forked_noise(fabric), compiled_code(config), named_loss_of_a_process(fabric)
-    with guards[0], guards[1], guards[2], scaled_dropout(model, dropout):
+    with (
+        _forked_noise(fabric),
+        compiled_code(config),
+        named_loss_of_a_process(fabric),
+        scaled_dropout(model, _dropout_share(config, teacher)),
+    ):
         total = num_data or count_examples(loader)
         placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
         shown = _first_inputs(placed) if has_layout(model) else None
@@ -134,6 +136,13 @@ def fit(
     forget_graph_(model)
     model.eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero)
+
+
+def _dropout_share(config: FitConfig, teacher: nn.Module | None) -> float:
+    """How much of the network's own dropout stays: none where it follows a teacher, unless asked for."""
+    if config.dropout is not None:
+        return config.dropout
+    return 1.0 if teacher is None or config.distill_share == 0 else 0.0
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
+from vbdcompress.checkpoints import BEFORE, START_ANEW, FitCheckpoint
 from vbdcompress.choices import ChoiceFile
 from vbdcompress.compare import flatten_output
 from vbdcompress.config import MACHINE, RunConfig
@@ -35,8 +35,6 @@ FINETUNING = {"finetune_epochs", "lr_finetune"}
 WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
 # The network's on made-up inputs: so many of each, the same to so much of the largest
 OUTPUTS, SHOWN, OUTPUTS_TOLERANCE = "outputs", 16, 1e-3
-# What runs did that began before the option was there
-BEFORE = {"dropout": 1.0}
 # What runs did not note that began before it was asked for
 LATER = {"loss", "digests", OUTPUTS}
 
