@@ -130,8 +130,14 @@ def test_slice_is_cut_off_carried_and_goes_on_to_the_end(
     assert sum(part.stat().st_size for part in (tmp_path / "second").glob("carry.*")) > 10_000
 
 
-def test_a_finished_run_becomes_a_result(script: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_finished_run_becomes_a_result(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    if inside:  # a virtual environment in the project's own folder
+        monkeypatch.setattr(sys, "executable", str(ZOO.parent / ".venv" / "bin" / "python3"))
     plan, work = script("plan"), tmp_path / "work"
+    monkeypatch.setattr(plan, "VBDCOMPRESS", (sys.executable, "-m", "vbdcompress"))
     options = plan.Options(work, ZOO, "cifar10", Path("data"), (), ("--precision", "bf16-mixed"))
     step = next(step for step in plan.all_steps(options) if step.name == "vgg_cifar_channels-vbd-0")
     step.made.parent.mkdir(parents=True)

@@ -162,12 +162,12 @@ class Runner:
         """The command as anybody may give it, without this machine's folders."""
         told = " ".join(step.command[: len(step.command) - len(self.options.reading)])
         for folder, name in (
+            (f"{sys.executable} -m vbdcompress", "vbdcompress"),  # before ROOT, in which it may lie
+            (sys.executable, "python"),
             (f"{self.options.work / 'runs'}", ".runs"),
             (f"{self.options.work / 'zoo'}", "zoo"),
             (f"{self.options.zoo}", "zoo"),
             (f"{ROOT}/", ""),
-            (f"{sys.executable} -m vbdcompress", "vbdcompress"),
-            (sys.executable, "python"),
         ):
             told = told.replace(folder, name)
         return told
