@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, Unpacked
@@ -135,6 +135,23 @@ def lose(devices, how):
     fit(model, tensors, make_config(devices), loss=loss, checkpoint=kept)
 
 
+def taken(devices):
+    """Which examples this process trains on, epoch by epoch, where samplers draw them."""
+    samplers = SubsetRandomSampler(range(0, 100, 2)), WeightedRandomSampler(1.0 + torch.arange(100), 40)
+    found = []
+    for sampler in samplers:
+        seen = []
+
+        def loss(output, numbers, seen=seen):
+            seen.append(numbers.tolist())
+            return nn.functional.cross_entropy(output, numbers % 3)
+
+        loader = DataLoader(TensorDataset(inputs, torch.arange(100)), batch_size=5, sampler=sampler)
+        fit(make_model(-3.0), loader, make_config(devices), loss=loss)
+        found.append(seen)
+    return found
+
+
 def resume(devices):
     """Whether a fit on a shuffled DataLoader with noise, resumed after an epoch, ends the same."""
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=10, shuffle=True)
@@ -157,7 +174,8 @@ if __name__ == "__main__":
     except FitError as error:
         print("ERROR", str(error).replace("\\\\n", " "), flush=True)
         sys.exit(7)
-    content = json.dumps({"rows": rows, "resumed": resume(devices), "examples": examples})
+    content = {"rows": rows, "resumed": resume(devices), "examples": examples, "taken": taken(devices)}
+    content = json.dumps(content)
     sys.stdout.write(f"{'MAIN' if is_main else 'OTHER'} {content}\\n")  # one write: the output is shared
 '''
 
@@ -206,8 +224,21 @@ def check(found: dict[str, Any], expected: list[list[float]]) -> None:
         for row, wanted in zip(content["rows"], expected, strict=True):
             assert row == pytest.approx(wanted, rel=2e-5)
         assert content["resumed"]
+    check_taken([content["taken"] for content in found.values()])
     # two fits of three epochs of a hundred; each process took its half
     assert [found[word]["examples"] for word in ("MAIN", "OTHER")] == [600, 0]
+
+
+def check_taken(taken: list[list[list[list[int]]]]) -> None:
+    """Process -> sampler -> batch -> examples: each is in one process's share of what the sampler draws."""
+    halves, weighted = zip(*taken, strict=True)
+    for epoch in range(3):
+        drawn = [batch for half in halves for batch in half[5 * epoch : 5 * epoch + 5]]
+        assert sorted(number for batch in drawn for number in batch) == list(range(0, 100, 2))
+        assert drawn != [batch for half in halves for batch in half[:5]] or epoch == 0
+    # with replacement: 40 of a hundred an epoch, and another sample for each process
+    assert [len(half) for half in weighted] == [3 * 4, 3 * 4]
+    assert weighted[0] != weighted[1]
 
 
 @pytest.mark.timeout(SECONDS + 30)

@@ -2,13 +2,10 @@
 
 import copy
 import math
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
@@ -20,7 +17,7 @@ from vbdcompress.compare import forget_graph_
 from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, Unpacked, count_examples, on_device
-from vbdcompress.data.loaders import check_repeatable
+from vbdcompress.data.loaders import check_repeatable, forked_generators, share
 from vbdcompress.devices import check_same_start, named_loss_of_a_process, start_fabric
 from vbdcompress.distillation import teach
 from vbdcompress.dropout import scaled_dropout
@@ -86,13 +83,13 @@ def fit(
     for batches in (loader, validation):
         check_repeatable(batches)
     with (
-        _forked_noise(fabric),
+        forked_generators([fabric.device] if fabric.device.type == "cuda" else []),
         compiled_code(config),
         named_loss_of_a_process(fabric),
         scaled_dropout(model, _dropout_share(config, teacher)),
     ):
         total = num_data or count_examples(loader)
-        placed, validation = _place(loader, fabric), on_device(validation, fabric.device)
+        placed, validation = _place(loader, fabric, config.seed), on_device(validation, fabric.device)
         shown = _first_inputs(placed) if has_layout(model) else None
         if isinstance(loss, nn.Module):
             loss = copy.deepcopy(loss)  # it is moved and cast with the network
@@ -145,18 +142,6 @@ def _dropout_share(config: FitConfig, teacher: nn.Module | None) -> float:
     return 1.0 if teacher is None or config.distill_share == 0 else 0.0
 
 
-@contextmanager
-def _forked_noise(fabric: Fabric) -> Iterator[None]:
-    """A fit seeds all generators that a loader may draw from; afterwards they are as they were."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
 def _check_finite(epoch: int, nll: float, kl: float, model: nn.Module, saved: int) -> None:
     """The last step's gradient may spoil the parameters after its loss was still finite.
 
@@ -181,7 +166,7 @@ def _cast(batches: Iterable[Any], fabric: Fabric, config: FitConfig) -> Iterator
         yield to_device(inputs, fabric.device, dtype), target
 
 
-def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
+def _place(loader: Iterable[Any], fabric: Fabric, seed: int) -> Any:
     """The loader's share of this process: tensors move to the device, a DataLoader gets its sampler."""
     if isinstance(loader, TensorBatches):
         if loader.batch_size < fabric.world_size:
@@ -190,10 +175,11 @@ def _place(loader: Iterable[Any], fabric: Fabric) -> Any:
     if fabric.world_size == 1:
         return loader
     if isinstance(loader, Unpacked):
-        return Unpacked(_place(loader.loader, fabric), loader.unpack)
+        return Unpacked(_place(loader.loader, fabric, seed), loader.unpack)
     if isinstance(loader, DataLoader):
+        shared = share(loader, seed, fabric.global_rank, fabric.world_size)
         # Unwrapped: Fabric's wrapper calls set_epoch with a count that is 0 again in a resumed fit
-        return fabric.setup_dataloaders(loader, move_to_device=False)._dataloader  # type: ignore[union-attr]
+        return fabric.setup_dataloaders(shared, move_to_device=False)._dataloader  # type: ignore[union-attr]
     raise FitError(
         "fit",
         f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",

@@ -1,12 +1,18 @@
 """The user's own loader: any iterable that yields (input, label) batches, once an epoch."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import (
     DataLoader,
+    Dataset,
+    DistributedSampler,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -70,9 +76,74 @@ def seed_generators(batches: Any, seed: int) -> None:
     elif isinstance(batches, DataLoader):
         inner = getattr(batches.batch_sampler, "sampler", None)
         for part in (batches, batches.sampler, inner):
-            generator = getattr(part, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
+            seed_generator(part, seed)
+
+
+def seed_generator(part: Any, seed: int) -> None:
+    """Start the generator of a loader or sampler anew, where it has one of its own."""
+    generator = getattr(part, "generator", None)
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+
+
+class SharedSampler(DistributedSampler[int]):
+    """A process's share of what a sampler draws. All draw the same: by the seed and the epoch alone.
+
+    Args:
+        sampler: as a DataLoader takes it, with a length.
+        seed, rank, world_size: of the fit, of this process, and number of all.
+    """
+
+    def __init__(self, sampler: Sampler[int], seed: int, rank: int, world_size: int) -> None:
+        assert isinstance(sampler, Sized)
+        places: Any = range(len(sampler))
+        super().__init__(places, num_replicas=world_size, rank=rank, shuffle=False, seed=seed)
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        seed = self.seed * 1_000_003 + self.epoch
+        with forked_generators():
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's noise too
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            seed_generator(self.sampler, seed)
+            drawn = list(self.sampler)
+        return iter([drawn[place] for place in super().__iter__()])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for this epoch."""
+        super().set_epoch(epoch)
+        set_epoch(self.sampler, epoch)
+
+
+@contextmanager
+def forked_generators(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Whatever is drawn or seeded inside, afterwards all generators are as they were.
+
+    Args:
+        devices: GPUs, beside the CPU.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def share(loader: DataLoader[Any], seed: int, rank: int, world_size: int) -> DataLoader[Any]:
+    """The same loader with a SharedSampler, where it draws its examples by a sampler of its user's own.
+
+    Left as it is: one in order or plainly shuffled, of which Fabric makes shares; one that is shared
+    already; and one whose batches come from elsewhere.
+    """
+    sampler = loader.sampler
+    if _takes_all(loader) or loader.batch_size is None or isinstance(sampler, DistributedSampler):
+        return loader
+    if not isinstance(sampler, Sampler) or not isinstance(sampler, Sized):  # such as an IterableDataset's
+        return loader
+    return _reload(loader, loader.dataset, loader.drop_last, SharedSampler(sampler, seed, rank, world_size))
 
 
 def check_repeatable(loader: Iterable[Any] | None) -> None:
@@ -136,7 +207,9 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
         if not loader.drop_last and len(train) > 1 and len(train) % (loader.batch_size or 1) == 1:
             held = sorted([*held, train.pop()])  # norms can't train on a batch of one
         shuffle = not isinstance(loader.sampler, SequentialSampler)
-        return _reload(loader, train, shuffle, loader.drop_last), _reload(loader, held, False, False)
+        drop_last = loader.drop_last and len(train) >= (loader.batch_size or 1)  # or nothing would be left
+        training, rest = Subset(loader.dataset, train), Subset(loader.dataset, held)
+        return _reload(loader, training, drop_last, shuffle=shuffle), _reload(loader, rest, False)
     raise DataError(
         "loader",
         f"is a {_describe(loader)}, from which no validation data can be split off.",
@@ -155,12 +228,18 @@ def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
     sampler, dataset = loader.sampler, loader.dataset
     if loader.batch_size is None or not isinstance(dataset, Sized):
         return None
-    if type(sampler) is SequentialSampler:
-        return range(len(dataset))
-    if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(dataset):
+    if _takes_all(loader):
         return range(len(dataset))
     # What the sampler leaves out may be the user's own test data
     return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
+
+
+def _takes_all(loader: DataLoader[Any]) -> bool:
+    """Whether it takes each example of its data set once an epoch, in order or shuffled."""
+    sampler, dataset = loader.sampler, loader.dataset
+    if type(sampler) is RandomSampler and isinstance(dataset, Sized):
+        return not sampler.replacement and len(sampler) == len(dataset)
+    return type(sampler) is SequentialSampler
 
 
 def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -173,16 +252,23 @@ def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def _reload(loader: DataLoader[Any], indices: list[int], shuffle: bool, drop_last: bool) -> DataLoader[Any]:
-    batch = loader.batch_size or 1
+def _reload(
+    loader: DataLoader[Any],
+    dataset: Dataset[Any],
+    drop_last: bool,
+    sampler: Sampler[int] | None = None,
+    shuffle: bool | None = None,
+) -> DataLoader[Any]:
+    """The same loader of other data, or in another order."""
     return DataLoader(
-        Subset(loader.dataset, indices),
+        dataset,
         batch_size=loader.batch_size,
         shuffle=shuffle,
+        sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=drop_last and len(indices) >= batch,  # or nothing would be left
+        drop_last=drop_last,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
