@@ -207,6 +207,34 @@ def test_prune_reaches_the_macs_asked_for(script: Any, method: str) -> None:
     assert measure_size(model, images[:2]).macs == whole
 
 
+def test_prune_by_layers_takes_the_same_share_of_each(script: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_architecture("resnet20", {"channels": (8, 8, 16)}).eval()
+    with torch.no_grad():
+        for block in model.blocks[
+            :8
+        ]:  # over all layers at once, half of these go first
+            block.conv1.weight[::2] *= 0.01
+            block.conv2.weight[:, ::2] *= 0.01
+    images = torch.randn(20, 3, 32, 32)
+    batches = TensorBatches(images, torch.arange(20) % 10, 10)
+    macs = measure_size(model, images[:2]).macs // 2
+    widths = {}
+    for scope in ("network", "layer"):
+        found = script("prune").prune(model, batches, "magnitude", macs, scope)
+        widths[scope] = [block.conv1.out_channels for block in found.blocks]
+    assert widths["network"][8] == 16
+    assert len(set(widths["layer"][:6])) == 1
+    assert len(set(widths["layer"][6:])) == 1
+    # and that is what the plan asks for, of the rows that say so
+    plan, rows = script("plan"), script("cifar_rows")
+    options = plan.Options(tmp_path, ZOO, "cifar10", None)
+    asked = {step.name: step.command for step in plan.all_steps(options) if "-magnitude-" in step.name}
+    for name, command in asked.items():
+        row = rows.ROWS[name.partition("-")[0]]
+        assert command[command.index("--scope") + 1] == row.magnitude
+
+
 def test_every_recipe_of_the_rows_is_a_valid_configuration(script: Any) -> None:
     rows = script("cifar_rows")
     recipes = ZOO / "recipes"

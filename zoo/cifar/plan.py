@@ -116,6 +116,8 @@ def _run_step(row: Row, method: str, seed: int, options: Options) -> Step:
         needs = (dense, like)
         command = [sys.executable, str(ROOT / "zoo" / "cifar" / "prune.py"), row.name, "--method", method]
         command += ["--dense", str(dense), "--recipe", str(recipe), "--like", str(like)]
+        if method == "magnitude":
+            command += ["--scope", row.magnitude]
     command += ["--seed", str(seed), "--out", str(out), *options.machine, *options.reading]
     return Step(name, tuple(command), out / "report.json", out / ".state", needs, (row, method, seed))
 

@@ -1,8 +1,8 @@
 """The rivals: torch-pruning's own pruners, brought to the MACs that VBD reached with the same seed.
 
-The channels of least importance go, over all layers at once, in small steps with importance taken anew,
-until no more MACs are left than VBD left. Then the network trains as many epochs as VBD's run took in all, on
-the same data, batches and teacher.
+The channels of least importance go, over all layers at once or each layer's for themselves, in small steps
+with importance taken anew, until no more MACs are left than VBD left. Then the network trains as many epochs
+as VBD's run took in all, on the same data, batches and teacher.
 
     python zoo/cifar/prune.py vgg_cifar_channels --method taylor --dense zoo/vgg_cifar.pt \
         --recipe zoo/recipes/vgg_cifar_channels.toml --like report.json --out RUN --data-root DATA
@@ -36,6 +36,8 @@ from vbdcompress.reporting.build import describe_environment
 
 STEPS = 100
 LARGEST_SHARE = 0.95
+SCOPES = ("network", "layer")
+SCOPE_HELP = "The least important channels of the network go, or the same share of each layer's."
 IMPORTANCE = {
     "magnitude": tp.importance.GroupMagnitudeImportance,
     "taylor": tp.importance.GroupTaylorImportance,
@@ -49,6 +51,7 @@ IMPORTANCE = {
 @click.option("--recipe", type=click.Path(path_type=Path), required=True, help="VBD's options.")
 @click.option("--like", type=click.Path(path_type=Path), required=True, help="report.json of VBD's run.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--scope", type=click.Choice(SCOPES), default=SCOPES[0], show_default=True, help=SCOPE_HELP)
 @click.option("--data", help="Data set, where it is not the one that the network names.")
 @click.option("--data-root", envvar="VBDCOMPRESS_DATA", type=click.Path(path_type=Path))
 @click.option("--precision", default="32-true", show_default=True)
@@ -64,6 +67,7 @@ def main(
     recipe: Path,
     like: Path,
     seed: int,
+    scope: str,
     data: str | None,
     data_root: Path | None,
     precision: str,
@@ -89,7 +93,7 @@ def main(
     macs = json.loads(like.read_text(encoding="utf-8"))["size"]["after"]["macs"]
     started = time.perf_counter()
     torch.manual_seed(seed)
-    model = prune(loaded.model, training_batches(dataset, config), method, macs)
+    model = prune(loaded.model, training_batches(dataset, config), method, macs, scope)
     _train(model, loaded.model, dataset, config, FitCheckpoint(out / ".state" / "training.ckpt", resume))
     report = _report(row, loaded, model, dataset, config)
     report["seconds"] = time.perf_counter() - started
@@ -108,7 +112,9 @@ def epochs_of(config: RunConfig) -> int:
     return sum(one.epochs for one in config.rounds) + config.finetune_epochs
 
 
-def prune(dense: nn.Module, batches: TensorBatches, method: str, macs: int) -> nn.Module:
+def prune(
+    dense: nn.Module, batches: TensorBatches, method: str, macs: int, scope: str = SCOPES[0]
+) -> nn.Module:
     """A copy cut by torch-pruning until it has at most so many MACs an example."""
     model, example = copy.deepcopy(dense), batches.inputs[:2]
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
@@ -116,7 +122,7 @@ def prune(dense: nn.Module, batches: TensorBatches, method: str, macs: int) -> n
         model,
         example,
         importance=IMPORTANCE[method](),
-        global_pruning=True,
+        global_pruning=scope == "network",
         pruning_ratio=LARGEST_SHARE,
         max_pruning_ratio=0.98,
         iterative_steps=STEPS,
