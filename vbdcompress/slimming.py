@@ -98,30 +98,26 @@ def _cut(
     Args:
         gated: masked, float64, on the CPU.
     """
-    probes = _probes_for(gated, converted.example)
-    others = other_sizes(gated, probes[0])
-    for fold in (True, False):
-        model = replace(converted, model=gated).plain(chosen, round_to)
-        try:
+    defect = "This is a defect: please report it. Until then: --skip the layers at fault."
+    try:
+        probes, expected = _probes_for(gated, converted.example)
+        others = other_sizes(gated, probes[0])
+        for fold in (True, False):
+            model = replace(converted, model=gated).plain(chosen, round_to)
             plan = plan_removal_(
                 model, converted.scan.removable, probes[0], fold=fold, round_to=round_to, others=others
             )
             apply_plan_(model, plan)
-            difference = _difference(gated, model, probes[1])
-        except TRACE_ERRORS as error:
-            raise SlimError(
-                "slim",
-                f"the cut network can't run: {type(error).__name__}: {error}",
-                "This is a defect: please report it. Until then: --skip the layers at fault.",
-            ) from error
-        if difference <= EXACT:
-            return model, plan.storing(converted.stored)
-        # else what looked constant on the probes was not: once more without folding
-    raise SlimError(
-        "slim",
-        f"the cut network differs from the masked one by {difference:.1g} of the largest output.",
-        "This is a defect: please report it. Until then: --skip the layers at fault.",
-    )
+            with torch.no_grad():
+                difference = relative_difference(expected, flatten_output(call(model, probes[1])))
+            if difference <= EXACT:
+                return model, plan.storing(converted.stored)
+            # else what looked constant on the probes was not: once more without folding
+    except TRACE_ERRORS as error:
+        told = f"the cut network can't run: {type(error).__name__}: {error}"
+        raise SlimError("slim", told, defect) from error
+    told = f"the cut network differs from the masked one by {difference:.1g} of the largest output."
+    raise SlimError("slim", told, defect)
 
 
 def posterior_sigma(converted: Converted, slimmed: Slim) -> dict[str, Tensor]:
@@ -141,17 +137,21 @@ def posterior_sigma(converted: Converted, slimmed: Slim) -> dict[str, Tensor]:
     return {posterior.name: spread.get_parameter(posterior.name).detach() for posterior in weights}
 
 
-def _probes_for(model: nn.Module, example: Inputs) -> tuple[Inputs, Inputs]:
-    """Two sets of probes; the example alone where the network can't run them: sizes or ids may be fixed."""
+@torch.no_grad()
+def _probes_for(model: nn.Module, example: Inputs) -> tuple[tuple[Inputs, Inputs], list[Tensor]]:
+    """Two sets of probes, and what the network gives on the second.
+
+    The example alone where the network can't run them: sizes or ids may be fixed.
+    """
     wide = _probes(example, 0), _probes(example, 1)
-    plain = map_tensors(example, as_double)
     try:
-        with torch.no_grad():
-            outputs = flatten_output(call(model, wide[0]))
+        outputs = [output.clone() for output in flatten_output(call(model, wide[1]))]
+        if all(bool(output.isfinite().all()) for output in outputs if output.is_floating_point()):
+            return wide, outputs
     except TRACE_ERRORS:
-        return plain, plain
-    finite = all(bool(output.isfinite().all()) for output in outputs if output.is_floating_point())
-    return wide if finite else (plain, plain)
+        pass
+    plain = map_tensors(example, as_double)
+    return (plain, plain), flatten_output(call(model, plain))
 
 
 def _probes(example: Inputs, seed: int) -> Inputs:
@@ -183,11 +183,6 @@ def _probes(example: Inputs, seed: int) -> Inputs:
         return as_double(torch.cat(parts))
 
     return map_tensors(example, widen)
-
-
-@torch.no_grad()
-def _difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    return relative_difference(flatten_output(call(one, inputs)), flatten_output(call(other, inputs)))
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

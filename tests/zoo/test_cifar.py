@@ -211,9 +211,7 @@ def test_prune_by_layers_takes_the_same_share_of_each(script: Any, tmp_path: Pat
     torch.manual_seed(0)
     model = build_architecture("resnet20", {"channels": (8, 8, 16)}).eval()
     with torch.no_grad():
-        for block in model.blocks[
-            :8
-        ]:  # over all layers at once, half of these go first
+        for block in model.blocks[:8]:  # over all layers at once, half of these go first
             block.conv1.weight[::2] *= 0.01
             block.conv2.weight[:, ::2] *= 0.01
     images = torch.randn(20, 3, 32, 32)
