@@ -45,11 +45,23 @@ class FitProgress:
 
     def on_start(self, title: str, epochs: int) -> None:
         """Begin another fit: a new bar."""
-        if self.task is not None:
-            self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(title, total=epochs, rate="")
+        self._begin(title, epochs)
         self.epochs = epochs
         self.console.print(f"[bold]{title}[/bold]  ({epochs} epochs)")
+
+    def _begin(self, title: str, total: int) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.progress.add_task(title, total=total, rate="")
+
+    def on_cut(self, done: int, cuts: int) -> None:
+        """Move the bar of the thresholds at which the fitted network is cut and measured."""
+        if done == 0:
+            title = f"Measuring error and size at {cuts} thresholds"
+            self._begin(title, cuts)
+            self.console.print(f"[bold]{title}[/bold]")
+        elif self.task is not None:
+            self.progress.update(self.task, completed=done)
 
     def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None:
         """Move the bar, a few times a second."""

@@ -261,6 +261,7 @@ def measure_curve(
     size_of: Callable[[nn.Module], Size] | None = None,
     asked: float | None = None,
     round_to: int = 1,
+    tell: Callable[[int, int], None] | None = None,
 ) -> tuple[CurvePoint, ...]:
     """Error and size against the threshold, from one fit, by cutting at each.
 
@@ -271,12 +272,16 @@ def measure_curve(
         size_of: a slim network's size; None: `measure_size`.
         asked: a threshold to measure beside CURVE_THRESHOLDS.
         round_to: see `slim`.
+        tell: called before each cut, and at the end, with the number of thresholds done, and of all.
     Returns:
         points from the whole network down; thresholds that cut the same are one point.
     """
     points: list[CurvePoint] = []
     chosen, gone = set() if asked is None else {asked}, -1
-    for threshold in sorted({*CURVE_THRESHOLDS, *chosen, float("inf")}, reverse=True):
+    thresholds = sorted({*CURVE_THRESHOLDS, *chosen, float("inf")}, reverse=True)
+    for number, threshold in enumerate(thresholds):
+        if tell is not None:
+            tell(number, len(thresholds))
         if (count := _count_gone(converted.model, threshold)) != gone:
             gone, model = count, slim(converted, threshold, round_to=round_to).model
             size = measure_size(model, converted.example) if size_of is None else size_of(model)
@@ -286,4 +291,6 @@ def measure_curve(
             continue
         prepare(model)
         points.append(CurvePoint(threshold, measure(model), size))
+    if tell is not None:
+        tell(len(thresholds), len(thresholds))
     return tuple(points)

@@ -169,6 +169,7 @@ class StageRunner:
             size_of=self.files.measure,
             asked=_log_threshold(config),
             round_to=config.round_to,
+            tell=self.workplace.on_cut if fitted.is_main else None,
         )
         candidates = Candidates(
             converted, curve, self.config.round_to, self.prepare, self.validate, self.files

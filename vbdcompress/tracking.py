@@ -10,7 +10,7 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from vbdcompress.config import TrackerName
 from vbdcompress.errors import ConfigError
 from vbdcompress.records import EpochRow
-from vbdcompress.training import Listener
+from vbdcompress.training import CutListener, Listener
 
 PROJECT = "vbdcompress"
 METRICS = ("nll", "kl", "beta", "error", "sparsity", "learning_rate", "examples_per_second")
@@ -91,6 +91,12 @@ class Listeners:
         """Tell all."""
         for listener in self.listeners:
             listener.on_epoch(row, epochs)
+
+    def on_cut(self, done: int, cuts: int) -> None:
+        """Tell those that listen to it."""
+        for listener in self.listeners:
+            if isinstance(listener, CutListener):
+                listener.on_cut(done, cuts)
 
 
 class _TensorBoard:

@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sized
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,14 @@ class Listener(Protocol):
 
     def on_epoch(self, row: EpochRow, epochs: int) -> None:
         """After an epoch and its validation."""
+
+
+@runtime_checkable
+class CutListener(Listener, Protocol):
+    """Is told how the choice goes on, too."""
+
+    def on_cut(self, done: int, cuts: int) -> None:
+        """Before a fitted network is cut once more and measured, and after the last time: done of cuts."""
 
 
 class EpochRunner:

@@ -20,7 +20,7 @@ from vbdcompress.errors import FitError
 from vbdcompress.files import write_text
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode, map_tensors
 from vbdcompress.surgery.groups import TRACE_ERRORS
-from vbdcompress.training import Listener
+from vbdcompress.training import CutListener, Listener
 
 IDENTITY_FILE = "run.json"
 TRAINING = "training"
@@ -167,6 +167,11 @@ class Workplace:
                 "Give a folder of its own.",
             )
         return None
+
+    def on_cut(self, done: int, cuts: int) -> None:
+        """Tell a listener that wants to know."""
+        if isinstance(self.listener, CutListener):
+            self.listener.on_cut(done, cuts)
 
     def checkpoint(self, step: str) -> FitCheckpoint | None:
         """The checkpoint of one step of the run; None where nothing is kept."""
