@@ -112,6 +112,14 @@ def test_export_onnx_refuses_a_network_that_onnx_can_not_express(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_export_names_the_operation_that_onnx_lacks(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 13), nn.AdaptiveMaxPool1d(4)).eval()  # 13 is no multiple of 4
+    with pytest.raises(ExportError) as error:
+        export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 4))
+    assert "aten.adaptive_max_pool2d" in str(error.value)
+    assert len(str(error.value)) < 300  # not the exporter's own page of steps
+
+
 def test_export_onnx_takes_attention_in_windows(tmp_path):
     """timm's MaxViT: its exporter's kernels give other strides for weights that ask for gradients."""
     maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")

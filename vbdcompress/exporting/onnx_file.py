@@ -169,11 +169,16 @@ def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelPr
         proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
         onnx.checker.check_model(proto, full_check=True)
     except _EXPORT_ERRORS as error:
-        raise ExportError(
-            f"export of {type(model).__name__}", f"ONNX refused it: {type(error).__name__}: {error}"
-        ) from error
+        raise ExportError(f"export of {type(model).__name__}", f"ONNX refused it: {_cause(error)}") from error
     del proto.graph.value_info[:]  # of intermediate results: every runtime infers it anew
     return proto
+
+
+def _cause(error: BaseException) -> str:
+    """What the exporter stumbled over, without its own advice to its developers."""
+    while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 class _OfTensors(nn.Module):
