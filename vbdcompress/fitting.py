@@ -177,9 +177,7 @@ def _place(loader: Iterable[Any], fabric: Fabric, seed: int) -> Any:
     if isinstance(loader, Unpacked):
         return Unpacked(_place(loader.loader, fabric, seed), loader.unpack)
     if isinstance(loader, DataLoader):
-        shared = share(loader, seed, fabric.global_rank, fabric.world_size)
-        # Unwrapped: Fabric's wrapper calls set_epoch with a count that is 0 again in a resumed fit
-        return fabric.setup_dataloaders(shared, move_to_device=False)._dataloader  # type: ignore[union-attr]
+        return share(loader, seed, fabric.global_rank, fabric.world_size)
     raise FitError(
         "fit",
         f"a {type(loader).__name__} can't be shared by {fabric.world_size} processes.",

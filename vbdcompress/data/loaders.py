@@ -11,8 +11,8 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -86,27 +86,36 @@ def seed_generator(part: Any, seed: int) -> None:
         generator.manual_seed(seed)
 
 
-class SharedSampler(DistributedSampler[int]):
+class SharedSampler(DistributedSampler[Any]):
     """A process's share of what a sampler draws. All draw the same: by the seed and the epoch alone.
 
     Args:
-        sampler: as a DataLoader takes it, with a length.
+        sampler: of examples or of batches, as a DataLoader takes it.
         seed, rank, world_size: of the fit, of this process, and number of all.
+    Raises:
+        DataError: it has no length.
     """
 
-    def __init__(self, sampler: Sampler[int], seed: int, rank: int, world_size: int) -> None:
-        assert isinstance(sampler, Sized)
+    def __init__(self, sampler: Iterable[Any], seed: int, rank: int, world_size: int) -> None:
+        if not isinstance(sampler, Sized):
+            told = f"draws by a {type(sampler).__name__} without a length"
+            raise DataError(
+                "loader",
+                f"{told}: {world_size} processes can't share that.",
+                "Give the sampler a __len__, or fit in one process.",
+            )
         places: Any = range(len(sampler))
         super().__init__(places, num_replicas=world_size, rank=rank, shuffle=False, seed=seed)
         self.sampler = sampler
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         seed = self.seed * 1_000_003 + self.epoch
         with forked_generators():
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's noise too
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            seed_generator(self.sampler, seed)
+            for part in (self.sampler, getattr(self.sampler, "sampler", None)):
+                seed_generator(part, seed)
             drawn = list(self.sampler)
         return iter([drawn[place] for place in super().__iter__()])
 
@@ -133,17 +142,29 @@ def forked_generators(devices: Sequence[torch.device] = ()) -> Iterator[None]:
 
 
 def share(loader: DataLoader[Any], seed: int, rank: int, world_size: int) -> DataLoader[Any]:
-    """The same loader with a SharedSampler, where it draws its examples by a sampler of its user's own.
+    """The loader of one process: its share of the examples or, where a sampler draws batches, of those.
 
-    Left as it is: one in order or plainly shuffled, of which Fabric makes shares; one that is shared
-    already; and one whose batches come from elsewhere.
+    One that a DistributedSampler shares already stays as it is.
+
+    Raises:
+        DataError: the data are a stream, or the sampler has no length.
     """
-    sampler = loader.sampler
-    if _takes_all(loader) or loader.batch_size is None or isinstance(sampler, DistributedSampler):
+    if isinstance(loader.dataset, IterableDataset):
+        told = f"reads a stream, a {type(loader.dataset).__name__}"
+        raise DataError(
+            "loader",
+            f"{told}: each of {world_size} processes would take all of it.",
+            "Use a data set with an index, or one process.",
+        )
+    by_batches = loader.batch_size is None and loader.batch_sampler is not None
+    sampler: Any = loader.batch_sampler if by_batches else loader.sampler
+    if any(isinstance(part, DistributedSampler) for part in (sampler, getattr(sampler, "sampler", None))):
         return loader
-    if not isinstance(sampler, Sampler) or not isinstance(sampler, Sized):  # such as an IterableDataset's
-        return loader
-    return _reload(loader, loader.dataset, loader.drop_last, SharedSampler(sampler, seed, rank, world_size))
+    shared = SharedSampler(sampler, seed, rank, world_size)
+    if by_batches:
+        return _reload(loader, loader.dataset, batch_sampler=shared)
+    order = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    return _reload(loader, loader.dataset, sampler=shared, **order)
 
 
 def check_repeatable(loader: Iterable[Any] | None) -> None:
@@ -209,7 +230,11 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
         shuffle = not isinstance(loader.sampler, SequentialSampler)
         drop_last = loader.drop_last and len(train) >= (loader.batch_size or 1)  # or nothing would be left
         training, rest = Subset(loader.dataset, train), Subset(loader.dataset, held)
-        return _reload(loader, training, drop_last, shuffle=shuffle), _reload(loader, rest, False)
+        size = loader.batch_size
+        return (
+            _reload(loader, training, batch_size=size, shuffle=shuffle, drop_last=drop_last),
+            _reload(loader, rest, batch_size=size),
+        )
     raise DataError(
         "loader",
         f"is a {_describe(loader)}, from which no validation data can be split off.",
@@ -228,18 +253,12 @@ def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
     sampler, dataset = loader.sampler, loader.dataset
     if loader.batch_size is None or not isinstance(dataset, Sized):
         return None
-    if _takes_all(loader):
+    if type(sampler) is SequentialSampler:
+        return range(len(dataset))
+    if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(dataset):
         return range(len(dataset))
     # What the sampler leaves out may be the user's own test data
     return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
-
-
-def _takes_all(loader: DataLoader[Any]) -> bool:
-    """Whether it takes each example of its data set once an epoch, in order or shuffled."""
-    sampler, dataset = loader.sampler, loader.dataset
-    if type(sampler) is RandomSampler and isinstance(dataset, Sized):
-        return not sampler.replacement and len(sampler) == len(dataset)
-    return type(sampler) is SequentialSampler
 
 
 def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -252,27 +271,18 @@ def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def _reload(
-    loader: DataLoader[Any],
-    dataset: Dataset[Any],
-    drop_last: bool,
-    sampler: Sampler[int] | None = None,
-    shuffle: bool | None = None,
-) -> DataLoader[Any]:
+def _reload(loader: DataLoader[Any], dataset: Dataset[Any], **order: Any) -> DataLoader[Any]:
     """The same loader of other data, or in another order."""
     return DataLoader(
         dataset,
-        batch_size=loader.batch_size,
-        shuffle=shuffle,
-        sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=drop_last,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
+        **order,
     )
