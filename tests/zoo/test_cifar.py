@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from waiting import wait_for
 
 import vbdcompress
 from vbdcompress.architectures import build_architecture
@@ -77,13 +77,6 @@ def start(*arguments: Any) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def wait_for(path: Path, seconds: float = 100.0) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not come"
-        time.sleep(0.02)
 
 
 @pytest.mark.timeout(600)
@@ -242,75 +235,6 @@ def test_every_recipe_of_the_rows_is_a_valid_configuration(script: Any) -> None:
             assert make_config(read_toml(recipes / row.recipe(method))).mode == row.mode
     for network in rows.NETWORKS:
         make_config(read_toml(recipes / rows.training_recipe(network)))
-
-
-def test_steps_run_beside_each_other_but_those_that_measure(script: Any, tmp_path: Path) -> None:
-    plan, spans = script("plan"), tmp_path / "spans"
-    spans.mkdir()
-
-    def step(name: str, *needs: str, alone: bool = False) -> Any:
-        told = spans / name
-        code = (
-            f"import time, pathlib; a = time.time(); time.sleep(0.7); pathlib.Path({str(told)!r}).write_text("
-        )
-        command = (sys.executable, "-c", code + "f'{a} {time.time()}')")
-        return plan.Step(name, command, told, needs=tuple(spans / each for each in needs), alone=alone)
-
-    steps = [step("one"), step("after_one", "one"), step("two"), step("timing", alone=True), step("three")]
-    (tmp_path / "logs").mkdir()
-    options = plan.Options(tmp_path, ZOO, "cifar10", None)
-    runner = script("runner").Runner(options, dict(os.environ), "abc", False, at_once=3)
-    runner.work_until(steps, time.monotonic() + 100)
-    assert {entry["step"]: entry["state"] for entry in runner.log} == {one.name: "done" for one in steps}
-    begun, ended = {}, {}
-    for path in spans.iterdir():
-        begun[path.name], ended[path.name] = map(float, path.read_text().split())
-    assert begun["after_one"] > ended["one"]
-    assert begun["two"] < ended["one"]
-    others = [name for name in begun if name != "timing"]
-    assert all(begun[name] > ended["timing"] or ended[name] < begun["timing"] for name in others)
-
-
-def test_what_was_made_is_packed_step_by_step(script: Any, tmp_path: Path) -> None:
-    plan, out = script("plan"), tmp_path / "out"
-    seen = tmp_path / "seen"
-    first = tmp_path / "results" / "one.json"
-    first.parent.mkdir()
-    (tmp_path / "logs").mkdir()
-    writes = f"import pathlib; pathlib.Path({str(first)!r}).write_text('1')"
-    packed = f"pathlib.Path({str(out)!r}, 'carry.00').exists()"
-    looks = f"import pathlib; pathlib.Path({str(seen)!r}).write_text(str({packed}))"
-    steps = [
-        plan.Step("one", (sys.executable, "-c", writes), first),
-        plan.Step("two", (sys.executable, "-c", looks), seen, needs=(first,)),
-    ]
-    options = plan.Options(tmp_path, ZOO, "cifar10", None)
-    script("runner").Runner(options, dict(os.environ), "abc", False, out=out).work_until(
-        steps, time.monotonic() + 100
-    )
-    assert seen.read_text() == "True"
-
-
-DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-
-
-def test_the_end_comes_for_all_steps_at_once(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    plan, runner = script("plan"), script("runner")
-    monkeypatch.setattr(runner, "GRACE", 3.0)
-    (tmp_path / "logs").mkdir()
-    steps = [
-        plan.Step(name, (sys.executable, "-c", DEAF), tmp_path / name)
-        for name in ("one", "two", "three", "four")
-    ]
-    steps.append(plan.Step("fails", (sys.executable, "-c", "raise SystemExit(3)"), tmp_path / "none"))
-    at_work = runner.Runner(plan.Options(tmp_path, ZOO, "cifar10", None), dict(os.environ), "abc", False, 5)
-    monkeypatch.setattr(runner, "SHORTEST", 0.0)
-    started = time.monotonic()
-    at_work.work_until(steps, started + 2.0)
-    assert time.monotonic() - started < 2.0 + 2 * runner.GRACE  # not GRACE for each of four
-    states = {entry["step"]: entry["state"] for entry in at_work.log}
-    assert states == dict.fromkeys(("one", "two", "three", "four"), "cut off") | {"fails": "failed, code 3"}
-    assert at_work.running == []
 
 
 def test_slice_refuses_to_run_nothing_at_once(tmp_path: Path) -> None:

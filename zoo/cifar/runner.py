@@ -56,13 +56,13 @@ class Runner:
         self.commit, self.has_gpu, self.at_once = commit, has_gpu, at_once
         self.log: list[dict[str, Any]] = []
         self.running: list[_Running] = []
-        self.stopping = False
+        self.told_to_stop = False  # set by a signal, seen where no step is about to be started
 
     def work_until(self, steps: list[Step], end: float) -> None:
         """Whatever can be done, in order; a step that fails is told of, and others are tried."""
         waiting = list(steps)
         try:
-            while True:
+            while not self.told_to_stop:
                 self._start_ready(waiting, end)
                 if not self.running or time.monotonic() >= end:
                     break
@@ -70,7 +70,6 @@ class Runner:
                 for one in self._ended():
                     self._finish(one)
         finally:
-            self.stopping = True
             for one in self._ended():
                 self._finish(one)
             self._stop_all()

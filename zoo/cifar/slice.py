@@ -29,10 +29,6 @@ from runner import Runner
 GPU_FLAGS = "--precision bf16-mixed --compile --cuda-graphs"
 
 
-class _StopError(Exception):
-    """The machine is asked for: stop and pack."""
-
-
 @click.command()
 @click.option("--seconds", default=540.0, show_default=True, help="To work; packing comes on top.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of all that is made.")
@@ -97,14 +93,12 @@ def main(
     runner = Runner(options, environment, commit or _commit(), has_gpu, at_once, out)
 
     def stop(*_: Any) -> None:
-        if not runner.stopping:  # once is enough
-            raise _StopError
+        runner.told_to_stop = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    try:
-        runner.work_until(steps, end)
-    except _StopError:
+    runner.work_until(steps, end)
+    if runner.told_to_stop:
         click.echo("told to stop")
     for line in pack(work, out, LIMIT):
         click.echo(line)
