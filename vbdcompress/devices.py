@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed
 from lightning_fabric import Fabric
@@ -13,6 +14,8 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 
 from vbdcompress.config import FitConfig
 from vbdcompress.errors import FitError
+
+T = TypeVar("T")
 
 
 def start_fabric(config: FitConfig) -> Fabric:
@@ -110,6 +113,12 @@ def wait_for_all(fabric: Fabric) -> None:
     """Until every process is here. Raises FitError where one ended instead."""
     with named_loss_of_a_process(fabric):
         fabric.barrier()
+
+
+def of_main(fabric: Fabric, value: T) -> T:
+    """The main process's value, in every process. Raises FitError where one ended instead."""
+    with named_loss_of_a_process(fabric):
+        return fabric.broadcast(value)
 
 
 def check_same_start(fabric: Fabric, done: int) -> None:

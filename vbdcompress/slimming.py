@@ -1,10 +1,12 @@
 """slim: choose how much goes, and cut it out of the network."""
 
 import math
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +22,7 @@ from vbdcompress.compare import (
 )
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
-from vbdcompress.data.loaders import seed_generators
+from vbdcompress.data.loaders import forked_generators, seed_generators
 from vbdcompress.errors import ConfigError, SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors, named_batch_of_one
@@ -228,8 +230,10 @@ def reestimate_batch_norm_(
         norm.reset_running_stats()
         norm.train()
     device, seen = device_of(model), 0
-    with torch.random.fork_rng(devices=[]), named_batch_of_one("batch norm"):
+    with forked_generators(), named_batch_of_one("batch norm"):
         torch.manual_seed(seed)
+        random.seed(seed)  # these two for data sets that augment by them
+        np.random.seed(seed % 2**32)
         seed_generators(loader, seed)
         for inputs, _ in loader:
             seen += batch_size(inputs)

@@ -12,6 +12,7 @@ from vbdcompress.choices import Choice, describe_judgement
 from vbdcompress.choosing import Candidates, FileSize, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
+from vbdcompress.devices import of_main, start_fabric
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
 from vbdcompress.fitting import FitResult, fit
 from vbdcompress.inputs import Inputs, first
@@ -177,7 +178,10 @@ class StageRunner:
         curve, selection, slimmed = choose(
             candidates, round_budget(self.config, number, self.original), baseline
         )
-        choice = Choice(curve, selection, storage)
+        # Processes may measure otherwise, on other batches or devices: all cut where the main one does
+        choice = of_main(start_fabric(config), Choice(curve, selection, storage))
+        if choice.selection.threshold != selection.threshold:
+            slimmed = candidates.cut(choice.selection.threshold)
         if file is not None and fitted.is_main:
             file.keep(of, choice)
         return choice, slimmed
