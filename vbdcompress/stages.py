@@ -155,10 +155,11 @@ class StageRunner:
     def _choose(
         self, converted: Converted, fitted: FitResult, number: int, step: str, baseline: float
     ) -> tuple[Choice, Slim]:
-        """Cut where the options ask for it; a run that goes on, where it was cut before."""
+        """Cut where the options ask, or where a run was cut before; each process where the main one does."""
         config, file = self.config.rounds[number], self.workplace.choice(step)
         of, storage = self._choice_of(fitted), self.config.model_dump(mode="json", include=WRITING)
-        choice = None if file is None else file.restore(of)
+        fabric = start_fabric(config)
+        choice = of_main(fabric, file.restore(of) if file is not None and fitted.is_main else None)
         if choice is not None:
             if choice.storage != storage:
                 choice = replace(choice, curve=self._measure_again(converted, choice.curve), storage=storage)
@@ -172,14 +173,12 @@ class StageRunner:
             round_to=config.round_to,
             tell=self.workplace.on_cut if fitted.is_main else None,
         )
-        candidates = Candidates(
-            converted, curve, self.config.round_to, self.prepare, self.validate, self.files
-        )
+        told = config.round_to, self.prepare, self.validate, self.files
+        candidates = Candidates(converted, curve, *told)
         curve, selection, slimmed = choose(
             candidates, round_budget(self.config, number, self.original), baseline
         )
-        # Processes may measure otherwise, on other batches or devices: all cut where the main one does
-        choice = of_main(start_fabric(config), Choice(curve, selection, storage))
+        choice = of_main(fabric, Choice(curve, selection, storage))
         if choice.selection.threshold != selection.threshold:
             slimmed = candidates.cut(choice.selection.threshold)
         if file is not None and fitted.is_main:

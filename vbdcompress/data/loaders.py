@@ -187,7 +187,8 @@ def count_examples(loader: Iterable[Any]) -> int:
     if isinstance(loader, TensorBatches):
         count = loader.num_examples
     elif isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size:
-        count = len(loader.sampler)
+        sampler = loader.sampler  # of all processes, where it is one's share
+        count = len(sampler) * (sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1)
     else:
         count = sum(_targets(batch) for batch in loader)
     if count == 0:
