@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vbdcompress.cli.main import main
 from vbdcompress.errors import ConfigError
 from vbdcompress.records import EpochRow
-from vbdcompress.tracking import open_tracker
+from vbdcompress.tracking import Tracker, open_tracker
 
 REPORT: dict[str, Any] = {
     "size": {"after": {"macs": 120.0}, "compression_ratio": {"macs": 4.0}},
@@ -47,6 +47,31 @@ def test_tensorboard_has_every_epoch_and_the_result(tmp_path: Path) -> None:
     assert "finetune/sparsity" not in found
     assert found["times_fewer/macs"] == [(0, 4.0)]
     assert found["validation_error/after"] == [(0, 1.5)]
+
+
+def test_a_tracker_that_fails_is_told_of_once_and_tried_again() -> None:
+    sent: list[int] = []
+
+    class Flaky:
+        errors = (OSError,)
+
+        def log(self, values: Any, step: int) -> None:
+            if step in (1, 2):
+                raise ConnectionError("the server is away")
+            sent.append(step)
+
+        def finish(self, values: Any) -> None:
+            raise ConnectionError("the server is away")
+
+    tracker = Tracker(Flaky())
+    tracker.on_start("Fine-tuning", 3)
+    row = EpochRow(1, 0.5, 0.25, 6.0, None, 0.1, 1e-3, 2.0, 100.0)
+    with pytest.warns(UserWarning, match="ConnectionError: the server is away"):
+        tracker.on_epoch(row, 3)
+    for epoch in (2, 3):  # without another warning, which would be an error here
+        tracker.on_epoch(replace(row, epoch=epoch), 3)
+    tracker.finish(REPORT)
+    assert sent == [3]
 
 
 def test_a_run_that_goes_on_tracks_where_it_stopped(tmp_path: Path) -> None:

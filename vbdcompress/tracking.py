@@ -1,6 +1,7 @@
 """Curves of a run in a tracker of the user's choice: TensorBoard, Weights & Biases or MLflow."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,9 @@ METRICS = ("nll", "kl", "beta", "error", "sparsity", "learning_rate", "examples_
 
 
 class _Backend(Protocol):
-    """A tracker's own library."""
+    """A tracker's own library; `errors` are those of networks, disks and servers."""
+
+    errors: tuple[type[Exception], ...]
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Points of curves at one step."""
@@ -37,6 +40,7 @@ class Tracker:
         self.backend = backend
         self.stages, self.part = 0, ""
         self.before, self.epochs = 0, 0  # epochs of the fits before this one, and of this one
+        self.failed = False
 
     def on_start(self, title: str, epochs: int) -> None:
         """Another fit: curves of its own."""
@@ -54,7 +58,7 @@ class Tracker:
         """One point on each curve; steps count the epochs of the whole run."""
         values = {name: getattr(row, name) for name in METRICS}
         known = {f"{self.part}/{name}": float(value) for name, value in values.items() if value is not None}
-        self.backend.log(known, self.before + row.epoch)
+        self._send(lambda: self.backend.log(known, self.before + row.epoch))
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Errors and sizes of the finished run, and its end.
@@ -68,7 +72,17 @@ class Tracker:
         }
         for split, error in (report["errors"] or {}).items():
             values |= {f"{split}_error/{when}": value for when, value in (error or {}).items()}
-        self.backend.finish(values)
+        self._send(lambda: self.backend.finish(values))
+
+    def _send(self, what: Callable[[], None]) -> None:
+        """A tracker that can't be reached must not end a run: it is told of once, and tried again."""
+        try:
+            what()
+        except self.backend.errors as error:
+            if not self.failed:
+                told = f"The tracker fails, and its curves will have gaps: {type(error).__name__}: {error}"
+                warnings.warn(told, UserWarning, stacklevel=2)
+            self.failed = True
 
 
 class Listeners:
@@ -100,6 +114,8 @@ class Listeners:
 
 
 class _TensorBoard:
+    errors: tuple[type[Exception], ...] = (OSError,)
+
     def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
         self.logger = TensorBoardLogger(folder, name="", version="")
         self.logger.log_hyperparams({key: str(value) for key, value in options.items()})
@@ -116,6 +132,7 @@ class _WandB:
     def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
         import wandb
 
+        self.errors: tuple[type[Exception], ...] = (OSError, wandb.errors.Error)
         folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(project=PROJECT, name=name, dir=folder, config=dict(options))
 
@@ -132,6 +149,7 @@ class _MLflow:
         import mlflow
 
         self.mlflow = mlflow
+        self.errors: tuple[type[Exception], ...] = (OSError, mlflow.exceptions.MlflowException)
         mlflow.set_experiment(PROJECT)
         mlflow.start_run(run_name=name)
         mlflow.log_params(dict(options))
