@@ -17,7 +17,8 @@ from vbdcompress.compare import forget_graph_
 from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, Unpacked, count_examples, on_device
-from vbdcompress.data.loaders import check_repeatable, forked_generators, share
+from vbdcompress.data.loaders import check_repeatable, forked_generators
+from vbdcompress.data.sharing import share
 from vbdcompress.devices import check_same_start, named_loss_of_a_process, start_fabric
 from vbdcompress.distillation import teach
 from vbdcompress.dropout import scaled_dropout

@@ -1,12 +1,10 @@
 """slim: choose how much goes, and cut it out of the network."""
 
 import math
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +20,7 @@ from vbdcompress.compare import (
 )
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
-from vbdcompress.data.loaders import forked_generators, seed_generators
+from vbdcompress.data.loaders import drawn_from, seed_generators
 from vbdcompress.errors import ConfigError, SlimError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors, named_batch_of_one
@@ -230,10 +228,7 @@ def reestimate_batch_norm_(
         norm.reset_running_stats()
         norm.train()
     device, seen = device_of(model), 0
-    with forked_generators(), named_batch_of_one("batch norm"):
-        torch.manual_seed(seed)
-        random.seed(seed)  # these two for data sets that augment by them
-        np.random.seed(seed % 2**32)
+    with drawn_from(seed), named_batch_of_one("batch norm"):
         seed_generators(loader, seed)
         for inputs, _ in loader:
             seen += batch_size(inputs)

@@ -11,7 +11,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -86,45 +85,6 @@ def seed_generator(part: Any, seed: int) -> None:
         generator.manual_seed(seed)
 
 
-class SharedSampler(DistributedSampler[Any]):
-    """A process's share of what a sampler draws. All draw the same: by the seed and the epoch alone.
-
-    Args:
-        sampler: of examples or of batches, as a DataLoader takes it.
-        seed, rank, world_size: of the fit, of this process, and number of all.
-    Raises:
-        DataError: it has no length.
-    """
-
-    def __init__(self, sampler: Iterable[Any], seed: int, rank: int, world_size: int) -> None:
-        if not isinstance(sampler, Sized):
-            told = f"draws by a {type(sampler).__name__} without a length"
-            raise DataError(
-                "loader",
-                f"{told}: {world_size} processes can't share that.",
-                "Give the sampler a __len__, or fit in one process.",
-            )
-        places: Any = range(len(sampler))
-        super().__init__(places, num_replicas=world_size, rank=rank, shuffle=False, seed=seed)
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[Any]:
-        seed = self.seed * 1_000_003 + self.epoch
-        with forked_generators():
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's noise too
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            for part in (self.sampler, getattr(self.sampler, "sampler", None)):
-                seed_generator(part, seed)
-            drawn = list(self.sampler)
-        return iter([drawn[place] for place in super().__iter__()])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw for this epoch."""
-        super().set_epoch(epoch)
-        set_epoch(self.sampler, epoch)
-
-
 @contextmanager
 def forked_generators(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     """Whatever is drawn or seeded inside, afterwards all generators are as they were.
@@ -141,30 +101,20 @@ def forked_generators(devices: Sequence[torch.device] = ()) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def share(loader: DataLoader[Any], seed: int, rank: int, world_size: int) -> DataLoader[Any]:
-    """The loader of one process: its share of the examples or, where a sampler draws batches, of those.
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Inside, loaders and samplers draw by a seed alone; afterwards all generators are as they were."""
+    with forked_generators():
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's noise too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
 
-    One that a DistributedSampler shares already stays as it is.
 
-    Raises:
-        DataError: the data are a stream, or the sampler has no length.
-    """
-    if isinstance(loader.dataset, IterableDataset):
-        told = f"reads a stream, a {type(loader.dataset).__name__}"
-        raise DataError(
-            "loader",
-            f"{told}: each of {world_size} processes would take all of it.",
-            "Use a data set with an index, or one process.",
-        )
-    by_batches = loader.batch_size is None and loader.batch_sampler is not None
-    sampler: Any = loader.batch_sampler if by_batches else loader.sampler
-    if any(isinstance(part, DistributedSampler) for part in (sampler, getattr(sampler, "sampler", None))):
-        return loader
-    shared = SharedSampler(sampler, seed, rank, world_size)
-    if by_batches:
-        return _reload(loader, loader.dataset, batch_sampler=shared)
-    order = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    return _reload(loader, loader.dataset, sampler=shared, **order)
+def shared_by(loader: DataLoader[Any]) -> DistributedSampler[Any] | None:
+    """The sampler of the user's own that gives each process its share; None where there is none."""
+    parts: list[Any] = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    return next((part for part in parts if isinstance(part, DistributedSampler)), None)
 
 
 def check_repeatable(loader: Iterable[Any] | None) -> None:
@@ -178,7 +128,7 @@ def check_repeatable(loader: Iterable[Any] | None) -> None:
 
 
 def count_examples(loader: Iterable[Any]) -> int:
-    """Examples in one epoch of a loader: from its sampler where it says, else by one pass.
+    """Examples in one epoch of a loader, of all processes: from its sampler, or by one pass.
 
     Raises:
         DataError: the loader is empty, or an iterator, which to count would use up.
@@ -187,13 +137,13 @@ def count_examples(loader: Iterable[Any]) -> int:
     if isinstance(loader, TensorBatches):
         count = loader.num_examples
     elif isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size:
-        sampler = loader.sampler  # of all processes, where it is one's share
-        count = len(sampler) * (sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1)
+        count = len(loader.sampler)
     else:
         count = sum(_targets(batch) for batch in loader)
     if count == 0:
         raise DataError("loader", "is empty: it yields no batch.")
-    return count
+    sharing = shared_by(loader) if isinstance(loader, DataLoader) else None
+    return count if sharing is None else count * sharing.num_replicas
 
 
 def _targets(batch: Any) -> int:
@@ -233,8 +183,8 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
         training, rest = Subset(loader.dataset, train), Subset(loader.dataset, held)
         size = loader.batch_size
         return (
-            _reload(loader, training, batch_size=size, shuffle=shuffle, drop_last=drop_last),
-            _reload(loader, rest, batch_size=size),
+            reload(loader, training, batch_size=size, shuffle=shuffle, drop_last=drop_last),
+            reload(loader, rest, batch_size=size),
         )
     raise DataError(
         "loader",
@@ -272,7 +222,7 @@ def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def _reload(loader: DataLoader[Any], dataset: Dataset[Any], **order: Any) -> DataLoader[Any]:
+def reload(loader: DataLoader[Any], dataset: Dataset[Any], **order: Any) -> DataLoader[Any]:
     """The same loader of other data, or in another order."""
     return DataLoader(
         dataset,
