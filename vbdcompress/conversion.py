@@ -15,7 +15,7 @@ from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
-from vbdcompress.originals import check_model, copy_of, unwrap
+from vbdcompress.originals import check_apart, check_model, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
@@ -104,8 +104,8 @@ def convert(
             ELBO). "none": nothing, the ELBO.
     Raises:
         ConfigError: there is no such mode or cost.
-        ConvertError: the network fails on the example, holds NaN, has lazy layers, or nothing in
-            it can be converted.
+        ConvertError: the network fails on the example, holds NaN, has lazy layers, runs on layers that
+            a copy does not hold, or nothing in it can be converted.
     """
     if mode not in list(LOG_SIGMA2):
         raise ConfigError("convert", f"mode = {mode!r}, allowed are {' and '.join(map(repr, LOG_SIGMA2))}.")
@@ -115,6 +115,7 @@ def convert(
     check_skip(model, skip)
     called = check_model(model, example)
     converted = copy_of(model)
+    check_apart(model, converted, example)
     for module in converted.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients are of no use where every weight has a KL

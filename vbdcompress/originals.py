@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vbdcompress.compare import is_computed
@@ -63,6 +65,56 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which of the tensors that it knows by name are computed with."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names, self.found = names, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = (self.names.get(id(item)) for item in tree_leaves((args, kwargs)))
+        self.found.update(name for name in used if name is not None)
+        return func(*args, **(kwargs or {}))
+
+
+def check_apart(model: nn.Module, copied: nn.Module, example: Inputs) -> None:
+    """See that a copy runs without the network that it is of: what would be changed and counted is the copy.
+
+    Raises:
+        ConvertError: its code calls layers of the network, or computes with its weights.
+    """
+    own = {id(item) for item in (*copied.modules(), *copied.parameters(), *copied.buffers())}
+    layers = [(name, module) for name, module in model.named_modules() if id(module) not in own]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    # a weight goes by the name of its layer
+    watch = _Watch(
+        {id(item): name.rpartition(".")[0] or name for name, item in tensors if id(item) not in own}
+    )
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: watch.found.add(name))
+        for name, module in layers
+    ]
+    try:
+        with in_eval_mode(copied), torch.no_grad(), watch:
+            call(copied, to_device(example, device_of(copied)))
+    except TRACE_ERRORS:
+        if not watch.found:  # check_model says what is amiss
+            return
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if watch.found:
+        names = sorted(name or "the network itself" for name in watch.found)
+        told = ", ".join(f"'{name}'" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ConvertError(
+            "convert",
+            f"a copy of the network still runs on layers of the original, and would be cut in vain: {told}.",
+            "Functions made in __init__, and a forward that was patched, keep what they close over "
+            "(lambda x: self.layer(x)): make them methods, and call layers by self.",
+        )
 
 
 def check_model(model: nn.Module, example: Inputs) -> set[str]:

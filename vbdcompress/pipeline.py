@@ -28,7 +28,7 @@ from vbdcompress.exporting.onnx_file import TOLERANCE, export_onnx
 from vbdcompress.exporting.preprocessing import check_pixels
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode
-from vbdcompress.originals import check_model, check_storable, copy_of, unwrap
+from vbdcompress.originals import check_apart, check_model, check_storable, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
@@ -162,6 +162,7 @@ def _run_stages(
     original = copy_of(model).cpu().eval()
     inputs, target = first_batch(sources.train)
     samples = to_device(first(inputs, SAMPLES), torch.device("cpu"))
+    check_apart(model, original, first(samples, 2))
     _check(original, samples, target, sources, config, judge)
     if fabric.is_global_zero:
         record, spec = sources.record, sources.input

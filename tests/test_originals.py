@@ -1,0 +1,108 @@
+"""A network is worked on in copies: one whose copies would still run on the original's layers is refused."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vbdcompress.conversion import convert
+from vbdcompress.errors import ConvertError
+from vbdcompress.pipeline import compress
+
+
+class Functional(nn.Module):
+    """Two layers with something between them that a function computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale, self.last = nn.Linear(8, 6), nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+        self.between: Callable[[Tensor], Tensor] = torch.relu
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+class CallsALayer(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 6)
+        self.between = lambda x: self.hidden(x).relu()
+
+
+class CallsDropout(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout()
+        self.between = lambda x: self.drop(x).relu()
+
+
+class ReadsAWeight(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 6)
+        self.between = lambda x: F.linear(x, self.hidden.weight)
+
+
+class Listed(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.steps = [lambda x, layer=layer: layer(x) for layer in self.layers]
+        self.between = torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for step in self.steps:
+            x = step(x)
+        return self.last(x)
+
+
+def patched() -> nn.Module:
+    model = Functional()
+    forward = model.forward
+    model.forward = lambda x: forward(2 * x)  # type: ignore[method-assign]
+    return model
+
+
+REFUSED = [
+    (CallsALayer, "'hidden'"),
+    (CallsDropout, "'drop'"),
+    (ReadsAWeight, "'hidden'"),
+    (Listed, "'layers.0', 'layers.1'"),
+    (patched, "'first', 'last'"),
+]
+
+
+@pytest.mark.parametrize(("build", "named"), REFUSED)
+def test_a_network_whose_copy_runs_on_its_layers_is_refused(build: Callable[[], nn.Module], named: str):
+    model = build().train()
+    with pytest.raises(ConvertError, match=rf"layers of the original.*: {named}\.\n.*make them methods"):
+        convert(model, torch.rand(2, 8), "weights")
+    batches = [(torch.rand(6, 8), torch.arange(6) % 3)]
+    with pytest.raises(ConvertError, match=rf"layers of the original.*: {named}\."):
+        compress(model, batches, validation=batches, mode="weights")
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_functions_that_a_copy_takes_along_are_no_hindrance():
+    """A method that is bound to the network, one in a partial, a closure over nothing of it."""
+    factor = 2.0
+    bound, partial, free = Functional(), Functional(), Functional()
+    bound.between = bound.scaled
+    partial.between = functools.partial(F.linear, weight=nn.Parameter(torch.eye(6)))
+    free.between = lambda x: factor * x
+    for model in (bound, partial, free):
+        converted = convert(model, torch.rand(2, 8), "weights")
+        x = torch.rand(5, 8)
+        expected = model(x)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        torch.testing.assert_close(converted.undo()(x), expected)
