@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from vbdcompress.config import MACHINE, FitConfig
 from vbdcompress.errors import FitError
@@ -39,6 +39,14 @@ class FitCheckpoint:
     def due(self, since: float, cost: float) -> bool:
         """Whether to write, `since` seconds after the last write, which took `cost` seconds."""
         return since >= (cost / CHECKPOINT_SHARE if self.every_seconds is None else self.every_seconds)
+
+
+def _lay_out_moments_(optimizer: torch.optim.Optimizer) -> None:
+    """Order moments in memory as their weights lie there: fused Adam pairs them by place, not by index."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _fingerprint(config: FitConfig) -> dict[str, Any]:
@@ -93,6 +101,7 @@ class FitState:
             self._check_config(where, content["config"])
             self.elbo.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
+            _lay_out_moments_(self.optimizer)
             if content["scaler"]:
                 self.fabric.strategy.precision.load_state_dict(content["scaler"])
             rows = [EpochRow(**row) for row in content["rows"]]
