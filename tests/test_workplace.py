@@ -99,9 +99,9 @@ class Activated(nn.Module):
         return self.function(self.layer(x))
 
 
-def identity_of(function=torch.relu, loss=None):
+def identity_of(function=torch.relu, **judge):
     config = make_config({"mode": "weights"})
-    return identify_run(Activated(function), ("digits", 10, 2), config, torch.zeros(4, 3), loss)
+    return identify_run(Activated(function), ("digits", 10, 2), config, torch.zeros(4, 3), **judge)
 
 
 def test_claim_refuses_the_weights_in_another_network(tmp_path):
@@ -111,10 +111,11 @@ def test_claim_refuses_the_weights_in_another_network(tmp_path):
         Workplace(tmp_path, resume=True).claim(identity_of(torch.tanh))
 
 
-def test_claim_refuses_another_loss(tmp_path):
+@pytest.mark.parametrize("judge", ["loss", "metric"])
+def test_claim_refuses_another_judge(tmp_path, judge):
     Workplace(tmp_path).claim(identity_of())
-    with pytest.raises(FitError, match="loss was None, is mse_loss"):
-        Workplace(tmp_path, resume=True).claim(identity_of(loss=nn.functional.mse_loss))
+    with pytest.raises(FitError, match=f"{judge} was None, is mse_loss"):
+        Workplace(tmp_path, resume=True).claim(identity_of(**{judge: nn.functional.mse_loss}))
 
 
 def test_a_network_that_takes_no_made_up_inputs_is_known_by_its_weights():

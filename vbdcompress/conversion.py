@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from vbdcompress.attention import open_attention_
 from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
+from vbdcompress.evaluation import with_gradients
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
-from vbdcompress.originals import check_apart, check_model, copy_of, unwrap
+from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
@@ -79,6 +80,7 @@ class Converted:
         return model
 
 
+@with_gradients()
 def convert(
     model: nn.Module,
     example: Inputs,
@@ -113,9 +115,9 @@ def convert(
         raise ConfigError("convert", f"cost = {cost!r}, allowed are {', '.join(map(repr, get_args(Cost)))}.")
     model = unwrap(model)
     check_skip(model, skip)
-    called = check_model(model, example)
+    check_model(model, example)  # without gradients: weights that hooks compute can be copied then
     converted = copy_of(model)
-    check_apart(model, converted, example)
+    called = check_model(converted, example, of=model)
     for module in converted.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients are of no use where every weight has a KL

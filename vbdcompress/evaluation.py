@@ -15,6 +15,9 @@ from vbdcompress.inputs import call, in_eval_mode, map_tensors
 Loss = Callable[[Any, Any], Tensor]
 Metric = Callable[[Any, Any], Tensor]
 
+# Of errors that users compute, in float32
+ROUNDING = 1e-4
+
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Mean negative log likelihood in nats; output [batch, classes], target [batch].
@@ -65,6 +68,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
+def with_gradients() -> Iterator[None]:
+    """Inside, gradients are kept, also where the caller switched them off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def whole_float32(device: torch.device) -> Iterator[None]:
     """No TF32 in cuDNN on a GPU: the error that is measured is to be that of the file, in float32."""
     if device.type != "cuda":
@@ -94,15 +104,17 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
         batches: yields (input, target).
         metric: (output, target) -> [batch], each example's error in [0, 1].
     Raises:
-        DataError: no batch came, or the metric gives NaN.
+        DataError: no batch came, or the metric gives NaN, or errors beyond 0 and 1.
     """
     device = device_of(model)
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    total, beyond = torch.zeros(2, dtype=torch.float64, device=device)
+    count = 0
     with in_eval_mode(model), whole_float32(device):
         for batch in batches:
             inputs, target = to_device(batch[0], device), to_device(batch[1], device)
             errors = metric(call(model, inputs), target)
             total += errors.double().sum()
+            beyond += ((errors < -ROUNDING) | (errors > 1 + ROUNDING)).sum()
             count += errors.numel()
     if count == 0:
         raise DataError("evaluation", "the set is empty: no batch came.")
@@ -110,5 +122,9 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
     if not math.isfinite(error):
         raise DataError(
             "evaluation", f"the metric's mean over {count} values is {error:g}.", "Look for NaN in the data."
+        )
+    if beyond:
+        raise DataError(
+            "evaluation", f"the metric gives errors below 0 or above 1 for {int(beyond)} of {count} examples."
         )
     return error

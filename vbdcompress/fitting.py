@@ -23,7 +23,15 @@ from vbdcompress.devices import check_same_start, named_loss_of_a_process, start
 from vbdcompress.distillation import teach
 from vbdcompress.dropout import scaled_dropout
 from vbdcompress.errors import FitError
-from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, to_device, top1_error
+from vbdcompress.evaluation import (
+    Loss,
+    Metric,
+    cross_entropy,
+    measure_error,
+    to_device,
+    top1_error,
+    with_gradients,
+)
 from vbdcompress.inputs import Inputs
 from vbdcompress.layout import has_layout, lay_out_, lay_out_fast_
 from vbdcompress.optimization import make_optimizer
@@ -42,6 +50,7 @@ class FitResult:
     is_main: bool
 
 
+@with_gradients()
 def fit(
     model: nn.Module,
     loader: Iterable[Any],

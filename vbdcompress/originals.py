@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,12 +69,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-class _Watch(TorchFunctionMode):
-    """Notes which of the tensors that it knows by name are computed with."""
+class _Noting(TorchFunctionMode):
+    """Notes the names of tensors that are computed with, where they are known by their id."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, names: dict[int, str], found: set[str]) -> None:
         super().__init__()
-        self.names, self.found = names, set[str]()
+        self.names, self.found = names, found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         used = (self.names.get(id(item)) for item in tree_leaves((args, kwargs)))
@@ -80,48 +82,45 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_apart(model: nn.Module, copied: nn.Module, example: Inputs) -> None:
-    """See that a copy runs without the network that it is of: what would be changed and counted is the copy.
+@contextmanager
+def _used_of(model: nn.Module | None, copied: nn.Module) -> Iterator[set[str]]:
+    """Inside, gathers the layers of a network that are called, or whose tensors are computed with.
 
-    Raises:
-        ConvertError: its code calls layers of the network, or computes with its weights.
+    Args:
+        model: None: there is none, and nothing to gather.
+        copied: a copy of it, whose own parts do not count.
     """
     own = {id(item) for item in (*copied.modules(), *copied.parameters(), *copied.buffers())}
-    layers = [(name, module) for name, module in model.named_modules() if id(module) not in own]
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    # a weight goes by the name of its layer
-    watch = _Watch(
-        {id(item): name.rpartition(".")[0] or name for name, item in tensors if id(item) not in own}
-    )
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: watch.found.add(name))
+    layers = [] if model is None else list(model.named_modules())
+    names = {
+        id(tensor): name or own_name
         for name, module in layers
+        for own_name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and id(tensor) not in own
+    }
+    found = set[str]()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: found.add(name or "the network"))
+        for name, module in layers
+        if id(module) not in own
     ]
     try:
-        with in_eval_mode(copied), torch.no_grad(), watch:
-            call(copied, to_device(example, device_of(copied)))
-    except TRACE_ERRORS:
-        if not watch.found:  # check_model says what is amiss
-            return
+        with _Noting(names, found):
+            yield found
     finally:
         for hook in hooks:
             hook.remove()
-    if watch.found:
-        names = sorted(name or "the network itself" for name in watch.found)
-        told = ", ".join(f"'{name}'" for name in names[:5]) + (", ..." if len(names) > 5 else "")
-        raise ConvertError(
-            "convert",
-            f"a copy of the network still runs on layers of the original, and would be cut in vain: {told}.",
-            "Functions made in __init__, and a forward that was patched, keep what they close over "
-            "(lambda x: self.layer(x)): make them methods, and call layers by self.",
-        )
 
 
-def check_model(model: nn.Module, example: Inputs) -> set[str]:
+@torch.no_grad()
+def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) -> set[str]:
     """Run a network on the example in eval mode; the names of the modules that were called.
 
+    Args:
+        of: what it is a copy of: one that runs on the original's layers would be cut in vain, while those
+            are trained.
     Raises:
-        ConvertError: it has no weights yet, holds NaN, or fails on the example.
+        ConvertError: it has no weights yet, holds NaN, fails on the example, or runs on layers of `of`.
     """
     for name, module in model.named_modules():
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
@@ -142,23 +141,33 @@ def check_model(model: nn.Module, example: Inputs) -> set[str]:
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             bad = int((~parameter.isfinite()).sum())
             raise ConvertError("convert", f"parameter '{name}' holds {bad} NaN or infinite values.")
-    called: set[str] = set()
+    called, foreign = set[str](), set[str]()
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
         for name, module in model.named_modules()
     ]
     try:
-        with in_eval_mode(model), torch.no_grad():
+        with in_eval_mode(model), _used_of(of, model) as foreign:
             call(model, to_device(example, device_of(model)))
     except TRACE_ERRORS as error:
-        raise ConvertError(
-            "convert",
-            f"the network fails on a batch of shape {_shapes(example)}: {type(error).__name__}: {error}",
-            _advice(model, example, error),
-        ) from error
+        if not foreign:
+            raise ConvertError(
+                "convert",
+                f"the network fails on a batch of shape {_shapes(example)}: {type(error).__name__}: {error}",
+                _advice(model, example, error),
+            ) from error
     finally:
         for hook in hooks:
             hook.remove()
+    if foreign:
+        names = sorted(foreign)
+        told = ", ".join(f"'{name}'" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ConvertError(
+            "convert",
+            f"a copy of the network still runs on layers of the original, and would be cut in vain: {told}.",
+            "Functions made in __init__, and a forward that was patched, keep what they close over "
+            "(lambda x: self.layer(x)): make them methods, and call layers by self.",
+        )
     return called
 
 

@@ -2,10 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,25 @@ from torch.export import ExportedProgram
 
 from vbdcompress.budget import warn_of_undecided
 from vbdcompress.choosing import FileSize
-from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
+from vbdcompress.data.loaders import seed_generators
 from vbdcompress.devices import start_fabric, wait_for_all
-from vbdcompress.errors import ConfigError, ConvertError
-from vbdcompress.evaluation import Loss, Metric, cross_entropy, device_of, to_device, top1_error
+from vbdcompress.errors import ConfigError
+from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_error, with_gradients
 from vbdcompress.exported import from_exported
-from vbdcompress.exporting.onnx_file import TOLERANCE, export_onnx
-from vbdcompress.exporting.preprocessing import check_pixels
+from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
-from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode
-from vbdcompress.originals import check_apart, check_model, check_storable, copy_of, unwrap
+from vbdcompress.inputs import Inputs, example_shape, first
+from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
+from vbdcompress.preflight import check_run, outputs_of
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
-from vbdcompress.sources import (
-    Sources,
-    check_classes,
-    check_labels,
-    check_logits,
-    check_parts,
-    first_batch,
-    try_loss,
-    try_metric,
-    warnings_of,
-)
+from vbdcompress.sources import Sources, check_parts, first_batch, other_shapes, warnings_of
 from vbdcompress.stages import Judge, Origin, StageRunner
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
@@ -111,7 +100,7 @@ def compress(
     if unpack is not None:
         loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
         test = None if test is None else Unpacked(test, unpack)
-    samples = check_parts(loader, validation, test)
+    check_parts(loader, validation, test)
     record = DataRecord(
         None,
         (),
@@ -120,7 +109,7 @@ def compress(
         None if test is None else count_examples(test),
         held_out,
     )
-    sources = Sources(loader, validation, test, record, input or InputSpec(example_shape(samples)))
+    sources = Sources(loader, validation, test, record, input or InputSpec(()))
     folder = None if checkpoints is None else Path(checkpoints)
     if folder is None and resume:
         raise ConfigError("compress", "resume=True names no folder to go on from.", "checkpoints=FOLDER")
@@ -144,8 +133,10 @@ def run_stages(
     fabric = start_fabric(config)
     sources = replace(sources, input=replace(sources.input, embedded=config.embed_preprocessing))
     # The order that a user's loader draws outside the fit is the run's own too, and ends with it
-    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with with_gradients(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
+        seed_generators(sources.train, config.seed)
         return _run_stages(fabric, model, sources, config, origin, judge, workplace)
 
 
@@ -162,14 +153,18 @@ def _run_stages(
     original = copy_of(model).cpu().eval()
     inputs, target = first_batch(sources.train)
     samples = to_device(first(inputs, SAMPLES), torch.device("cpu"))
-    check_apart(model, original, first(samples, 2))
-    _check(original, samples, target, sources, config, judge)
+    if not sources.input.shape:
+        sources = replace(sources, input=replace(sources.input, shape=example_shape(samples)))
+    check_model(original, first(samples, 2), of=model)
+    check_run(original, samples, target, sources, config, judge)
     if fabric.is_global_zero:
         record, spec = sources.record, sources.input
         held = [each for each in (sources.train, sources.validation) if isinstance(each, TensorBatches)]
         data = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
-        loss, digests = None if judge.loss is cross_entropy else judge.loss, [each.digest() for each in held]
-        workplace.claim(identify_run(original, data, config, samples, loss, digests))
+        loss = None if judge.loss is cross_entropy else judge.loss
+        metric = None if judge.metric is top1_error else judge.metric
+        digests = [each.digest() for each in held]
+        workplace.claim(identify_run(original, data, config, samples, loss, metric, digests))
     wait_for_all(fabric)
     scratch = Scratch()
     before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
@@ -195,6 +190,7 @@ def _run_stages(
         rounding=rounding,
         warnings=[
             *warnings_of(sources),
+            *other_shapes(sources, samples, config.seed),
             *(_dead(original, current, samples) if judge.metric is top1_error else ()),
             *run.excess(current, rounding, errors),
             *(told for n, stage in enumerate(done) for told in warn_of_undecided(stage.record, config, n)),
@@ -210,7 +206,7 @@ def _run_stages(
 
 def _dead(original: nn.Module, slimmed: nn.Module, samples: Inputs) -> list[str]:
     """A warning where one class is all that is left of several."""
-    outputs = [_outputs(model, samples) for model in (original, slimmed)]
+    outputs = [outputs_of(model, samples) for model in (original, slimmed)]
     if any(len(output) != 1 or output[0].dim() != 2 or len(output[0]) < ENOUGH for output in outputs):
         return []
     classes = [len(set(output.argmax(1).tolist())) for (output,) in outputs]
@@ -220,70 +216,6 @@ def _dead(original: nn.Module, slimmed: nn.Module, samples: Inputs) -> list[str]
         f"The slim network names one class for all of {len(outputs[0][0])} training examples: too much was "
         "removed. Allow it more parameters, or fit longer."
     ]
-
-
-def _check(
-    model: nn.Module, samples: Inputs, target: Any, sources: Sources, config: RunConfig, judge: Judge
-) -> None:
-    """Raise what would end the run after its fit: here it costs the user nothing yet."""
-    outputs = _check_network(model, samples)
-    shape, found = tuple(sources.input.shape), example_shape(samples)
-    if shape and shape != found:
-        raise ConfigError(
-            "input", f"InputSpec says examples of shape {list(shape)}, the loader's are {list(found)}."
-        )
-    told = sources.input.shape and sources.input.mean and sources.input.std
-    if config.embed_preprocessing and not (told and isinstance(samples, torch.Tensor)):
-        raise ConfigError(
-            "embed_preprocessing",
-            "nobody says of what shape the inputs are, and by which mean and std they are normalised.",
-            "input=InputSpec(shape, mean, std)",
-        )
-    if config.embed_preprocessing:
-        for batches in (sources.validation, sources.test):  # training may add noise to its pixels
-            if batches is not None:
-                for given, _ in islice(batches, 1):
-                    check_pixels(given, sources.input)
-    check_storable(model, samples, int8=config.int8, packed=config.bits != "32" or bool(config.pack))
-    by_label = judge.loss is cross_entropy
-    if by_label or judge.follows(config):
-        output = check_logits(model, samples, by_label=by_label)
-        if by_label:
-            check_labels(output, target, sources, judge.metric)
-    if by_label and config.distill_share < 1:
-        try_loss(model, sources.train, judge.loss)
-    _check_measured(model, sources, judge, outputs)
-
-
-def _check_measured(
-    model: nn.Module, sources: Sources, judge: Judge, outputs: Sequence[torch.Tensor]
-) -> None:
-    """Raise what measuring validation and test data would."""
-    for part, batches in (("validation", sources.validation), ("test", sources.test)):
-        if batches is not None:
-            try_metric(model, batches, part, judge.metric)
-    if judge.metric is top1_error:
-        check_classes(sources, outputs[0].shape[1])
-
-
-def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
-    """The outputs. Raises ConvertError where the network does not run, or no file could hold what it does."""
-    check_model(model, first(samples, 2))
-    outputs, again = _outputs(model, samples), _outputs(model, samples)
-    difference = relative_difference(outputs, again)
-    if outputs and difference > TOLERANCE:
-        raise ConvertError(
-            "convert",
-            f"in eval mode, outputs for the same inputs differ by {difference:.1g} from call to call.",
-            "Noise and dropout are for training: F.dropout(x, training=self.training), or an nn.Dropout.",
-        )
-    return outputs
-
-
-def _outputs(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
-    with in_eval_mode(model), torch.no_grad():
-        outputs = flatten_output(call(model, to_device(samples, device_of(model))))
-    return [output.cpu() for output in outputs]
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:

@@ -36,7 +36,7 @@ WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
 # The network's on made-up inputs: so many of each, the same to so much of the largest
 OUTPUTS, SHOWN, OUTPUTS_TOLERANCE = "outputs", 16, 1e-3
 # What runs did not note that began before it was asked for
-LATER = {"loss", "digests", OUTPUTS}
+LATER = {"loss", "metric", "digests", OUTPUTS}
 
 
 def identify_run(
@@ -45,6 +45,7 @@ def identify_run(
     config: RunConfig,
     samples: Inputs,
     loss: Callable[..., Any] | None = None,
+    metric: Callable[..., Any] | None = None,
     digests: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What makes a run this run: its network, its data and its options but for the machine's.
@@ -52,7 +53,7 @@ def identify_run(
     Args:
         data: name, number of training and of validation examples, mean and deviation of the inputs.
         samples: some inputs, for the shape of one.
-        loss: by its name; None where it is cross entropy.
+        loss, metric: by their names; None where they are cross entropy and the top-1 error.
         digests: of the data that are in memory.
     """
     digest = hashlib.sha256()
@@ -63,11 +64,16 @@ def identify_run(
     return {
         "network": digest.hexdigest()[:16],
         "data": [*data, list(example_shape(samples))],
-        "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        "loss": _name_of(loss),
+        "metric": _name_of(metric),
         "digests": list(digests),
         OUTPUTS: _outputs_of(model, samples),
         **options,
     }
+
+
+def _name_of(judge: Callable[..., Any] | None) -> str | None:
+    return None if judge is None else getattr(judge, "__qualname__", type(judge).__qualname__)
 
 
 def _outputs_of(model: nn.Module, samples: Inputs) -> list[float | None] | None:

@@ -1,0 +1,102 @@
+"""What would end a run after its fit, looked for before it: there it costs the user nothing yet."""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from vbdcompress.compare import flatten_output, relative_difference
+from vbdcompress.config import RunConfig
+from vbdcompress.errors import ConfigError, ConvertError
+from vbdcompress.evaluation import cross_entropy, device_of, to_device, top1_error
+from vbdcompress.exporting.onnx_file import TOLERANCE
+from vbdcompress.exporting.preprocessing import check_pixels
+from vbdcompress.inputs import Inputs, batch_size, call, example_shape, first, in_eval_mode
+from vbdcompress.judging import check_classes, check_labels, check_logits, try_loss, try_metric
+from vbdcompress.originals import check_storable
+from vbdcompress.sources import Sources
+from vbdcompress.stages import Judge
+
+
+def check_run(
+    model: nn.Module, samples: Inputs, target: Any, sources: Sources, config: RunConfig, judge: Judge
+) -> None:
+    """Raise what would end the run after its fit, or make its figures wrong.
+
+    Args:
+        samples, target: of the first training batch.
+    """
+    outputs = _check_network(model, samples)
+    _check_batch_first(model, samples, outputs)
+    shape, found = tuple(sources.input.shape), example_shape(samples)
+    if shape != found:
+        raise ConfigError(
+            "input", f"InputSpec says examples of shape {list(shape)}, the loader's are {list(found)}."
+        )
+    told = sources.input.mean and sources.input.std
+    if config.embed_preprocessing and not (told and isinstance(samples, torch.Tensor)):
+        raise ConfigError(
+            "embed_preprocessing",
+            "nobody says of what shape the inputs are, and by which mean and std they are normalised.",
+            "input=InputSpec(shape, mean, std)",
+        )
+    if config.embed_preprocessing:
+        for batches in (sources.validation, sources.test):  # training may add noise to its pixels
+            if batches is not None:
+                for given, _ in islice(batches, 1):
+                    check_pixels(given, sources.input)
+    check_storable(model, samples, int8=config.int8, packed=config.bits != "32" or bool(config.pack))
+    by_label = judge.loss is cross_entropy
+    if by_label or judge.follows(config):
+        output = check_logits(model, samples, by_label=by_label)
+        if by_label:
+            check_labels(output, target, sources, judge.metric)
+    if by_label and config.distill_share < 1:
+        try_loss(model, sources.train, judge.loss)
+    _check_measured(model, sources, judge, outputs)
+
+
+def _check_measured(
+    model: nn.Module, sources: Sources, judge: Judge, outputs: Sequence[torch.Tensor]
+) -> None:
+    """Raise what measuring validation and test data would."""
+    for part, batches in (("validation", sources.validation), ("test", sources.test)):
+        if batches is not None:
+            try_metric(model, batches, part, judge.metric)
+    if judge.metric is top1_error:
+        check_classes(sources, outputs[0].shape[1])
+
+
+def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
+    """The outputs. Raises ConvertError where no file could hold what the network does."""
+    outputs, again = outputs_of(model, samples), outputs_of(model, samples)
+    difference = relative_difference(outputs, again)
+    if outputs and difference > TOLERANCE:
+        raise ConvertError(
+            "convert",
+            f"in eval mode, outputs for the same inputs differ by {difference:.1g} from call to call.",
+            "Noise and dropout are for training: F.dropout(x, training=self.training), or an nn.Dropout.",
+        )
+    return outputs
+
+
+def _check_batch_first(model: nn.Module, samples: Inputs, outputs: Sequence[torch.Tensor]) -> None:
+    """Raise ConvertError where the first dimension of the inputs decides nothing of the outputs' size."""
+    given, few = batch_size(samples), first(samples, 2)
+    sizes = [len(output) for output in outputs if output.dim()]
+    if sizes and given > 2 and sizes == [len(output) for output in outputs_of(model, few) if output.dim()]:
+        raise ConvertError(
+            "convert",
+            f"the network's outputs have {', '.join(map(str, sizes))} in their first dimension, whether its "
+            f"inputs have {given} or 2 in theirs: that must be the batch.",
+            "Batch first, in inputs and outputs: nn.LSTM(..., batch_first=True), or transpose in forward.",
+        )
+
+
+def outputs_of(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
+    """All tensors in what the network gives in eval mode, on the CPU."""
+    with in_eval_mode(model), torch.no_grad():
+        outputs = flatten_output(call(model, to_device(samples, device_of(model))))
+    return [output.cpu() for output in outputs]
