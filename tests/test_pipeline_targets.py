@@ -105,14 +105,6 @@ def test_probabilities_are_targets_for_cross_entropy():
     assert len(found.report["stages"]) == 1
 
 
-def test_a_network_that_is_frozen_is_compressed_and_not_fine_tuned():
-    model, batches = batches_of(torch.arange(64) % 10)
-    frozen = model.requires_grad_(False)
-    found = compress(frozen, batches, validation=batches, test=batches, epochs=1)
-    assert found.report["finetune"] == []
-    assert not any(parameter.requires_grad for parameter in found.model.parameters())
-
-
 @pytest.mark.parametrize(
     ("last", "outputs", "named", "message"),
     [

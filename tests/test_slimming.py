@@ -1,4 +1,4 @@
-"""Slimming's curve, its multiples of channels, and batch norm's statistics."""
+"""Slimming's curve, its multiples of channels, and what weights it takes."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbdcompress.conversion import convert
-from vbdcompress.errors import ConfigError, FitError
-from vbdcompress.slimming import measure_curve, reestimate_batch_norm_, slim
+from vbdcompress.errors import ConfigError
+from vbdcompress.slimming import measure_curve, slim
 from vbdcompress.vbd.elbo import ELBO
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
@@ -196,41 +196,6 @@ def test_slim_refuses_what_is_no_threshold(options: dict[str, Any]) -> None:
     converted = convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(2, 4))
     with pytest.raises(ConfigError, match="allowed are a number, and 1 or more"):
         slim(converted, **options)
-
-
-def test_reestimate_batch_norm_takes_the_data_s_own_statistics():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    model[0].running_mean.fill_(9.0)
-    data = 5 + 2 * torch.randn(400, 3)
-    reestimate_batch_norm_(model, [(part, None) for part in data.split(100)])
-    assert torch.allclose(model[0].running_mean, data.mean(0), atol=1e-5)
-    batch_variances = torch.stack([part.var(0) for part in data.split(100)])
-    assert torch.allclose(model[0].running_var, batch_variances.mean(0), atol=1e-5)
-    assert model[0].momentum == 0.1
-    assert not model[0].training
-
-
-def test_a_small_last_batch_counts_by_its_examples_alone():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    data = 5 + 2 * torch.randn(102, 3)
-    parts = data.split(100)  # of 100 and of 2
-    reestimate_batch_norm_(model, [(part, None) for part in parts])
-    assert torch.allclose(model[0].running_mean, data.mean(0), atol=1e-5)
-    variance = (100 * parts[0].var(0) + 2 * parts[1].var(0)) / 102
-    assert torch.allclose(model[0].running_var, variance, atol=1e-5)
-
-
-def test_reestimate_batch_norm_names_a_batch_of_one():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    with pytest.raises(FitError, match=r"(?s)batch norm: .*batch of one example.*drop_last=True"):
-        reestimate_batch_norm_(model, [(part, None) for part in torch.randn(9, 3).split(4)])
-
-
-def test_reestimate_batch_norm_stops_when_it_has_seen_enough():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    data = 5 + 2 * torch.randn(400, 3)
-    reestimate_batch_norm_(model, [(part, None) for part in data.split(100)], examples=150)
-    assert torch.allclose(model[0].running_mean, data[:200].mean(0), atol=1e-5)
 
 
 class Spectral(nn.Module):

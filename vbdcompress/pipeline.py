@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vbdcompress.budget import warn_of_undecided
+from vbdcompress.cautions import warn_of_frozen, warn_of_one_class
 from vbdcompress.choosing import FileSize
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.count import measure_size
@@ -28,7 +29,7 @@ from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, example_shape, first
 from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
-from vbdcompress.preflight import check_run, outputs_of
+from vbdcompress.preflight import check_run
 from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
@@ -39,8 +40,6 @@ from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 
 SAMPLES = 64
-# Fewer examples may well be of one class
-ENOUGH = 32
 
 
 def compress(
@@ -191,7 +190,8 @@ def _run_stages(
         warnings=[
             *warnings_of(sources),
             *other_shapes(sources, samples, config.seed),
-            *(_dead(original, current, samples) if judge.metric is top1_error else ()),
+            *warn_of_frozen(original, [stage.record for stage in done]),
+            *(warn_of_one_class(original, current, samples) if judge.metric is top1_error else ()),
             *run.excess(current, rounding, errors),
             *(told for n, stage in enumerate(done) for told in warn_of_undecided(stage.record, config, n)),
         ],
@@ -202,20 +202,6 @@ def _run_stages(
     plans = (*origin.plans, *(stage.plan for stage in done))
     files = ResultFiles(scratch, plans, samples, origin, sources, config, judge.metric, rounding)
     return Result(current, content, original, done[-1].sigma, files, fabric.is_global_zero)
-
-
-def _dead(original: nn.Module, slimmed: nn.Module, samples: Inputs) -> list[str]:
-    """A warning where one class is all that is left of several."""
-    outputs = [outputs_of(model, samples) for model in (original, slimmed)]
-    if any(len(output) != 1 or output[0].dim() != 2 or len(output[0]) < ENOUGH for output in outputs):
-        return []
-    classes = [len(set(output.argmax(1).tolist())) for (output,) in outputs]
-    if classes[1] > 1 or classes[0] == 1:
-        return []
-    return [
-        f"The slim network names one class for all of {len(outputs[0][0])} training examples: too much was "
-        "removed. Allow it more parameters, or fit longer."
-    ]
 
 
 def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:

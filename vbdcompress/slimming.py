@@ -1,13 +1,12 @@
 """slim: choose how much goes, and cut it out of the network."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbdcompress.compare import (
     EXACT,
@@ -20,10 +19,8 @@ from vbdcompress.compare import (
 )
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
-from vbdcompress.data.loaders import drawn_from, seed_generators
 from vbdcompress.errors import ConfigError, SlimError
-from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, batch_size, call, holds_data, map_tensors, named_batch_of_one
+from vbdcompress.inputs import Inputs, call, holds_data, map_tensors
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import other_sizes, plan_removal_
@@ -36,9 +33,6 @@ CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
 # noise does not travel on to 3. On every network of the zoo the validation error is flat from 3 down to 0, in
 # both modes (the curves in exports/*/report.json), and rises soon below.
 DEFAULT_THRESHOLD = 0.0
-# For the statistics of batch norm: of a network that stays, and of each of the curve's many
-STATISTICS_EXAMPLES = 10_000
-CURVE_EXAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -202,44 +196,6 @@ def _group_row(group: Any, plan: RemovalPlan) -> GroupRow:
         kept = member.index[list(kept_positions)]
         here = kept[kept >= 0]
     return GroupRow(group.name, group.channels, len(set(here.tolist())), None)
-
-
-@torch.no_grad()
-def reestimate_batch_norm_(
-    model: nn.Module, loader: Iterable[Any], examples: int = STATISTICS_EXAMPLES, seed: int = 0
-) -> None:
-    """Take batch norm's running statistics anew, in place: those of the fit were taken under noise.
-
-    Args:
-        loader: training batches, (input, target).
-        examples: batches are taken until they hold as many.
-        seed: of the order that a loader that shuffles draws: a run that goes on takes the same examples.
-    Raises:
-        FitError: a batch of one example, of which a norm can't take statistics.
-    """
-    norms = [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-    device, seen = device_of(model), 0
-    with drawn_from(seed), named_batch_of_one("batch norm"):
-        seed_generators(loader, seed)
-        for inputs, _ in loader:
-            seen += batch_size(inputs)
-            for norm in norms:  # an average over the examples, whatever the last batch holds
-                norm.momentum = batch_size(inputs) / seen
-            call(model, to_device(inputs, device))
-            if seen >= examples:
-                break
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
 
 
 @torch.no_grad()

@@ -16,18 +16,16 @@ from vbdcompress.devices import of_main, start_fabric
 from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
 from vbdcompress.fitting import FitResult, fit
 from vbdcompress.inputs import Inputs, first
+from vbdcompress.norms import CURVE_EXAMPLES, STATISTICS_EXAMPLES, reestimate_batch_norm_
 from vbdcompress.optimization import default_beta
 from vbdcompress.precision import Rounding, round_model_
 from vbdcompress.records import TIE, CurvePoint, EpochRow, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
-    CURVE_EXAMPLES,
     DEFAULT_THRESHOLD,
-    STATISTICS_EXAMPLES,
     Slim,
     measure_curve,
     posterior_sigma,
-    reestimate_batch_norm_,
     slim,
 )
 from vbdcompress.sources import Sources, first_batch

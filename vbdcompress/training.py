@@ -17,6 +17,7 @@ from vbdcompress.data.loaders import seed_generators, set_epoch
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import to_device
 from vbdcompress.inputs import batch_size, call, named_batch_of_one
+from vbdcompress.norms import train_
 from vbdcompress.optimization import default_beta
 from vbdcompress.records import EpochRow
 from vbdcompress.vbd.elbo import beta_at
@@ -103,7 +104,7 @@ class EpochRunner:
             group["lr"] = base * self.rate(epoch)
         beta = torch.tensor(self.beta(epoch), device=fabric.device)
         sums = torch.zeros(2, device=fabric.device)
-        self.module.train()
+        train_(self.module)
         steps = _count_steps(self.batches)
         count, started = 0, time.perf_counter()
         for inputs, target, examples in self.shares():

@@ -1,0 +1,124 @@
+"""Batch norm's running statistics, and layers that the user froze."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.config import FitConfig
+from vbdcompress.errors import FitError
+from vbdcompress.fitting import fit
+from vbdcompress.norms import reestimate_batch_norm_
+from vbdcompress.pipeline import compress
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def network() -> nn.Sequential:
+    """A frozen norm (1) and one that is not (4)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
+    model[1].requires_grad_(False)
+    model[1].running_mean.fill_(0.3)
+    model[1].running_var.fill_(2.0)
+    return model
+
+
+def batches() -> Batches:
+    drawn = torch.Generator().manual_seed(1)
+    return [(2 + torch.randn(20, 6, generator=drawn), torch.arange(20) % 3) for _ in range(3)]
+
+
+def test_reestimate_batch_norm_takes_the_data_s_own_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].running_mean.fill_(9.0)
+    data = 5 + 2 * torch.randn(400, 3)
+    reestimate_batch_norm_(model, [(part, None) for part in data.split(100)])
+    assert torch.allclose(model[0].running_mean, data.mean(0), atol=1e-5)
+    batch_variances = torch.stack([part.var(0) for part in data.split(100)])
+    assert torch.allclose(model[0].running_var, batch_variances.mean(0), atol=1e-5)
+    assert model[0].momentum == 0.1
+    assert not model[0].training
+
+
+def test_a_small_last_batch_counts_by_its_examples_alone():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    data = 5 + 2 * torch.randn(102, 3)
+    parts = data.split(100)  # of 100 and of 2
+    reestimate_batch_norm_(model, [(part, None) for part in parts])
+    assert torch.allclose(model[0].running_mean, data.mean(0), atol=1e-5)
+    variance = (100 * parts[0].var(0) + 2 * parts[1].var(0)) / 102
+    assert torch.allclose(model[0].running_var, variance, atol=1e-5)
+
+
+def test_reestimate_batch_norm_names_a_batch_of_one():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    with pytest.raises(FitError, match=r"(?s)batch norm: .*batch of one example.*drop_last=True"):
+        reestimate_batch_norm_(model, [(part, None) for part in torch.randn(9, 3).split(4)])
+
+
+def test_reestimate_batch_norm_stops_when_it_has_seen_enough():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    data = 5 + 2 * torch.randn(400, 3)
+    reestimate_batch_norm_(model, [(part, None) for part in data.split(100)], examples=150)
+    assert torch.allclose(model[0].running_mean, data[:200].mean(0), atol=1e-5)
+
+
+def test_a_frozen_norm_keeps_its_statistics():
+    model = network()
+    reestimate_batch_norm_(model, batches())
+    assert bool((model[1].running_mean == 0.3).all())
+    assert bool((model[1].running_var == 2.0).all())
+    assert not bool((model[4].running_mean == 0.0).any())
+
+
+def test_a_frozen_norm_normalises_by_them_in_a_fit():
+    """The loss of the first step is that of the network with the norm in eval mode."""
+    model, given = network(), batches()[:1]
+    model.train()[1].eval()
+    with torch.no_grad():
+        expected = float(nn.functional.cross_entropy(model(given[0][0]), given[0][1]))
+    found = fit(network(), given, FitConfig(epochs=1, device="cpu"))
+    assert found.epochs[0].nll == pytest.approx(expected, rel=1e-6)
+    assert bool((found.model[1].running_mean == 0.3).all())
+
+
+def test_a_norm_of_the_slim_network_that_was_frozen_has_the_statistics_it_had():
+    given = batches()
+    result = compress(network(), given, validation=given, test=given, epochs=3, threshold=-4.0)
+    assert 0 < len(result.model[1].running_mean) < 8
+    assert bool((result.model[1].running_mean == 0.3).all())
+    assert bool((result.model[1].running_var == 2.0).all())
+
+
+def test_frozen_layers_that_gates_changed_are_named():
+    given, model = batches(), network()
+    model[1].requires_grad_(True)
+    model[3].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"Frozen layers .* they read, and cut: '3'\. --skip"):
+        compress(model, given, validation=given, test=given, epochs=1)
+
+
+def test_a_frozen_network_is_compressed_not_fine_tuned_and_warned_of():
+    given, model = batches(), network().requires_grad_(False)
+    with pytest.warns(UserWarning, match="whole network is frozen"):
+        found = compress(model, given, validation=given, test=given, epochs=1)
+    assert found.report["finetune"] == []
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+
+
+def test_frozen_weights_that_have_no_gates_are_removed_or_stay():
+    """Weights mode: nothing is multiplied, and there is nothing to warn of."""
+    given, model = batches(), network()
+    model[3].requires_grad_(False)
+    before = set(model[3].weight.flatten().tolist())
+    found = compress(model, given, validation=given, test=given, mode="weights", epochs=3, threshold=-9.0)
+    assert 0.0 in (left := set(found.model[3].weight.flatten().tolist()))
+    assert left - {0.0} < before

@@ -1,0 +1,72 @@
+"""Batch norm's running statistics: taken anew once a network is cut, or left where the norm is frozen."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vbdcompress.data.loaders import drawn_from, seed_generators
+from vbdcompress.evaluation import device_of, to_device
+from vbdcompress.inputs import batch_size, call, named_batch_of_one
+
+# For the statistics of batch norm: of a network that stays, and of each of the curve's many
+STATISTICS_EXAMPLES = 10_000
+CURVE_EXAMPLES = 2_000
+
+
+def train_(model: nn.Module) -> None:
+    """Training mode, in place, but for batch norm that is frozen: that normalises as it always will."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and _is_frozen(module):
+            module.eval()
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    """Whether the user took gradients off its weights; one without weights is not frozen."""
+    own = list(norm.parameters())
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+@torch.no_grad()
+def reestimate_batch_norm_(
+    model: nn.Module, loader: Iterable[Any], examples: int = STATISTICS_EXAMPLES, seed: int = 0
+) -> None:
+    """Take batch norm's running statistics anew, in place: those of the fit were taken under noise.
+
+    Frozen norms keep theirs, under which the fit was made.
+
+    Args:
+        loader: training batches, (input, target).
+        examples: batches are taken until they hold as many.
+        seed: of the order that a loader that shuffles draws: a run that goes on takes the same examples.
+    Raises:
+        FitError: a batch of one example, of which a norm can't take statistics.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not _is_frozen(module)
+    ]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    device, seen = device_of(model), 0
+    with drawn_from(seed), named_batch_of_one("batch norm"):
+        seed_generators(loader, seed)
+        for inputs, _ in loader:
+            seen += batch_size(inputs)
+            for norm in norms:  # an average over the examples, whatever the last batch holds
+                norm.momentum = batch_size(inputs) / seen
+            call(model, to_device(inputs, device))
+            if seen >= examples:
+                break
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
