@@ -171,7 +171,8 @@ def test_a_limit_below_the_curve_is_met_all_the_same():
     limit = 300
     assert min(point.size.nonzeros for point in curve) > limit
     candidates = Candidates(converted, curve, 1, lambda _: None, lambda _: 0.0, measured)
-    _, selection, slimmed = choose(candidates, Budget(limits={"nonzeros": limit}), 0.0)
+    _, selection = choose(candidates, Budget(limits={"nonzeros": limit}), 0.0)
+    slimmed = candidates.cut(selection.threshold)
     assert selection.threshold < -4
     assert 0.6 * limit < sum(int(each.count_nonzero()) for each in slimmed.model.parameters()) <= limit
 

@@ -1,4 +1,4 @@
-"""compress in two processes that measure otherwise: both cut where the main one does."""
+"""compress and fit in two processes: both cut where the main one does, and neither repeats the other."""
 
 import os
 import subprocess
@@ -38,8 +38,14 @@ class Scaled(Dataset):
         return inputs[number] * random.uniform(0.5, 1.5), labels[number]
 
 
-def metric(output, target):  # the other process finds nothing wrong with any cut
-    return (output.argmax(1) != target).double() * (rank == 0)
+def metric(output, target):
+    wrong = (output.argmax(1) != target).double()
+    if rank == 0:
+        return wrong
+    if sys.argv[1] == "all":  # the other process finds nothing wrong with any cut
+        return 0 * wrong
+    known = any(output.shape == part.shape and torch.allclose(output, part, atol=1e-4) for part in original)
+    return 0 * wrong if known else 0 * wrong + 1  # or finds all wrong
 
 
 torch.manual_seed(0)
@@ -50,6 +56,8 @@ for _ in range(60):
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(inputs), labels).backward()
     optimizer.step()
+with torch.no_grad():
+    original = model.eval()(inputs).split(50)
 random.seed(rank)
 result = compress(
     model,
@@ -67,24 +75,75 @@ result = compress(
 )
 nonzeros = sum(int(each.count_nonzero()) for each in result.model.parameters())
 stage = result.report["stages"][0]
-told = f"DONE {nonzeros} {stage['selection']['threshold']}\\n"
+state = sum(float(each.double().abs().sum()) for each in result.model.state_dict().values())
+told = f"DONE {nonzeros} {stage['selection']['threshold']} {state!r}\\n"
 sys.stdout.write(told)  # one write: the output is shared
 """
 
 
-@pytest.mark.timeout(SECONDS + 30)
-def test_all_processes_cut_where_the_main_one_does(tmp_path: Path) -> None:
+# Augments in a worker, by a loader with a generator of its own; the loss is told what was drawn.
+WORKERS = """
+import os
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from vbdcompress.config import FitConfig
+from vbdcompress.fitting import fit
+
+torch.set_num_threads(1)
+
+
+class Drawn(Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, number):
+        drawn = torch.rand(1)
+        return drawn, drawn
+
+
+def loss(output, target):
+    seen.extend(target.flatten().tolist())
+    return nn.functional.mse_loss(output, target)
+
+
+seen = []
+loader = DataLoader(Drawn(), 3, shuffle=True, num_workers=1, generator=torch.Generator())
+fit(nn.Linear(1, 1), loader, FitConfig(epochs=1, device="cpu", devices=2), loss=loss)
+sys.stdout.write("DONE " + " ".join(map(repr, seen)) + "\\n")
+"""
+
+
+def run_in_two(tmp_path: Path, text: str, *arguments: str) -> list[list[str]]:
+    """What each of two processes printed behind DONE."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
+    script.write_text(text, encoding="utf-8")
     ours = str(Path(vbdcompress.__file__).parents[1])
     outside = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in outside}
     environment |= {"PYTHONPATH": ours, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script)]
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, timeout=SECONDS, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DONE")]
     assert len(found) == 2
-    assert found[0] == found[1]
+    return found
+
+
+@pytest.mark.timeout(SECONDS + 30)
+@pytest.mark.parametrize("accepted", ["all", "none"])
+def test_all_processes_cut_where_the_main_one_does_and_end_alike(tmp_path: Path, accepted: str) -> None:
+    first, other = run_in_two(tmp_path, SCRIPT, accepted)
+    assert first == other
+
+
+@pytest.mark.timeout(SECONDS + 30)
+def test_processes_do_not_repeat_each_other_s_augmentation(tmp_path: Path) -> None:
+    first, other = run_in_two(tmp_path, WORKERS)
+    assert len(first) == len(other) == 6
+    assert not set(first) & set(other)

@@ -107,8 +107,8 @@ class Candidates:
 
 def choose(
     candidates: Candidates, budget: Budget, baseline_error: float
-) -> tuple[tuple[CurvePoint, ...], Selection, Slim]:
-    """The curve, the point on it that the budget asks for, and the network cut there.
+) -> tuple[tuple[CurvePoint, ...], Selection]:
+    """The curve, and the point on it that the budget asks for.
 
     The curve's bytes are estimates. Where they are bounded, the file of the chosen point is written: its
     bytes take the estimate's place and correct those of the other points, and the choice is made again,
@@ -128,10 +128,9 @@ def choose(
             written[points[-1].threshold] = _write(candidates, candidates.cut(points[-1].threshold))
             continue
         selection = select_threshold(points, budget, candidates.converted.mode, baseline_error)
-        slimmed = candidates.cut(selection.threshold)
         if "bytes" not in budget.limits or selection.threshold in written:
-            return tuple(points), selection, slimmed
-        written[selection.threshold] = _write(candidates, slimmed)
+            return tuple(points), selection
+        written[selection.threshold] = _write(candidates, candidates.cut(selection.threshold))
 
 
 def refine(

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch.distributed
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import nn
 
 from vbdcompress.config import FitConfig
 from vbdcompress.errors import FitError
@@ -119,6 +120,14 @@ def of_main(fabric: Fabric, value: T) -> T:
     """The main process's value, in every process. Raises FitError where one ended instead."""
     with named_loss_of_a_process(fabric):
         return fabric.broadcast(value)
+
+
+def share_buffers_(fabric: Fabric, model: nn.Module) -> None:
+    """Give every process the main one's buffers, in place: each took statistics of norms in its last step."""
+    if fabric.world_size > 1:
+        buffers = list(model.buffers())
+        for buffer, of_first in zip(buffers, of_main(fabric, [each.cpu() for each in buffers]), strict=True):
+            buffer.copy_(of_first)
 
 
 def check_same_start(fabric: Fabric, done: int) -> None:

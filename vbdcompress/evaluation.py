@@ -1,14 +1,16 @@
-"""Error of a network on a set, in percent."""
+"""How outputs are judged, and the error of a network on a set, in percent."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress.config import RunConfig
 from vbdcompress.errors import DataError
 from vbdcompress.inputs import call, in_eval_mode, map_tensors
 
@@ -43,6 +45,18 @@ def one_head(output: Any) -> Tensor:
 def top1_error(output: Tensor, target: Tensor) -> Tensor:
     """[batch], 1 where the most likely class is not the target, else 0."""
     return (output.argmax(1) != target).float()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How outputs are judged: loss while training, metric when measured."""
+
+    loss: Loss = cross_entropy
+    metric: Metric = top1_error
+
+    def follows(self, config: RunConfig) -> bool:
+        """Whether the fit follows the original's outputs: those that an own loss reads need not be logits."""
+        return self.loss is cross_entropy if config.distill is None else config.distill > 0
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

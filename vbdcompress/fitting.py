@@ -19,7 +19,7 @@ from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, Unpacked, count_examples, on_device
 from vbdcompress.data.loaders import check_repeatable, forked_generators
 from vbdcompress.data.sharing import share
-from vbdcompress.devices import check_same_start, named_loss_of_a_process, start_fabric
+from vbdcompress.devices import check_same_start, named_loss_of_a_process, share_buffers_, start_fabric
 from vbdcompress.distillation import teach
 from vbdcompress.dropout import scaled_dropout
 from vbdcompress.errors import FitError
@@ -136,6 +136,7 @@ def fit(
             if listener is not None:
                 listener.on_epoch(rows[-1], config.epochs)
         set_threshold_(model, KEEP_ALL)
+        share_buffers_(fabric, model)
         optimizer.zero_grad(set_to_none=True)  # CUDA graphs' memory goes with the compiled code
     if config.precision == "64-true":
         model.to(dtype)

@@ -19,10 +19,10 @@ from vbdcompress.choosing import FileSize
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
-from vbdcompress.data.loaders import seed_generators
+from vbdcompress.data.loaders import drawn_from, seed_generators
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError
-from vbdcompress.evaluation import Loss, Metric, cross_entropy, to_device, top1_error, with_gradients
+from vbdcompress.evaluation import Judge, Loss, Metric, cross_entropy, to_device, top1_error, with_gradients
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
@@ -35,7 +35,7 @@ from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
 from vbdcompress.sources import Sources, check_parts, first_batch, other_shapes, warnings_of
-from vbdcompress.stages import Judge, Origin, StageRunner
+from vbdcompress.stages import Origin, StageRunner
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
 
@@ -132,9 +132,7 @@ def run_stages(
     fabric = start_fabric(config)
     sources = replace(sources, input=replace(sources.input, embedded=config.embed_preprocessing))
     # The order that a user's loader draws outside the fit is the run's own too, and ends with it
-    devices = [fabric.device] if fabric.device.type == "cuda" else []
-    with with_gradients(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.seed)
+    with with_gradients(), drawn_from(config.seed):
         seed_generators(sources.train, config.seed)
         return _run_stages(fabric, model, sources, config, origin, judge, workplace)
 

@@ -10,14 +10,13 @@ from torch import nn
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.config import RunConfig
 from vbdcompress.errors import ConfigError, ConvertError
-from vbdcompress.evaluation import cross_entropy, device_of, to_device, top1_error
+from vbdcompress.evaluation import Judge, cross_entropy, device_of, to_device, top1_error
 from vbdcompress.exporting.onnx_file import TOLERANCE
 from vbdcompress.exporting.preprocessing import check_pixels
 from vbdcompress.inputs import Inputs, batch_size, call, example_shape, first, in_eval_mode
 from vbdcompress.judging import check_classes, check_labels, check_logits, try_loss, try_metric
 from vbdcompress.originals import check_storable
 from vbdcompress.sources import Sources
-from vbdcompress.stages import Judge
 
 
 def check_run(

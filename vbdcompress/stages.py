@@ -13,7 +13,8 @@ from vbdcompress.choosing import Candidates, FileSize, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.devices import of_main, start_fabric
-from vbdcompress.evaluation import Loss, Metric, cross_entropy, measure_error, top1_error
+from vbdcompress.errors import SlimError
+from vbdcompress.evaluation import Judge, measure_error
 from vbdcompress.fitting import FitResult, fit
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.norms import CURVE_EXAMPLES, STATISTICS_EXAMPLES, reestimate_batch_norm_
@@ -46,18 +47,6 @@ class Origin:
     architecture: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     plans: tuple[RemovalPlan, ...] = ()
-
-
-@dataclass(frozen=True)
-class Judge:
-    """How outputs are judged: loss while training, metric when measured."""
-
-    loss: Loss = cross_entropy
-    metric: Metric = top1_error
-
-    def follows(self, config: RunConfig) -> bool:
-        """Whether the fit follows the original's outputs: those that an own loss reads need not be logits."""
-        return self.loss is cross_entropy if config.distill is None else config.distill > 0
 
 
 @dataclass(frozen=True)
@@ -158,10 +147,18 @@ class StageRunner:
         of, storage = self._choice_of(fitted), self.config.model_dump(mode="json", include=WRITING)
         fabric = start_fabric(config)
         choice = of_main(fabric, file.restore(of) if file is not None and fitted.is_main else None)
-        if choice is not None:
-            if choice.storage != storage:
-                choice = replace(choice, curve=self._measure_again(converted, choice.curve), storage=storage)
-            return choice, slim(converted, choice.selection.threshold, round_to=config.round_to)
+        if choice is None:
+            choice = of_main(fabric, self._decide(converted, fitted, number, baseline))
+            assert choice is not None
+            if file is not None and fitted.is_main:
+                file.keep(of, choice)
+        elif choice.storage != storage:
+            choice = replace(choice, curve=self._measure_again(converted, choice.curve), storage=storage)
+        return choice, slim(converted, choice.selection.threshold, round_to=config.round_to)
+
+    def _decide(self, converted: Converted, fitted: FitResult, number: int, baseline: float) -> Choice | None:
+        """What this process would cut; None where it finds nothing, and is not the one that decides."""
+        config = self.config.rounds[number]
         curve = measure_curve(
             converted,
             self.validate,
@@ -171,17 +168,14 @@ class StageRunner:
             round_to=config.round_to,
             tell=self.workplace.on_cut if fitted.is_main else None,
         )
-        told = config.round_to, self.prepare, self.validate, self.files
-        candidates = Candidates(converted, curve, *told)
-        curve, selection, slimmed = choose(
-            candidates, round_budget(self.config, number, self.original), baseline
-        )
-        choice = of_main(fabric, Choice(curve, selection, storage))
-        if choice.selection.threshold != selection.threshold:
-            slimmed = candidates.cut(choice.selection.threshold)
-        if file is not None and fitted.is_main:
-            file.keep(of, choice)
-        return choice, slimmed
+        candidates = Candidates(converted, curve, config.round_to, self.prepare, self.validate, self.files)
+        try:
+            chosen = choose(candidates, round_budget(self.config, number, self.original), baseline)
+        except SlimError:
+            if fitted.is_main:
+                raise
+            return None
+        return Choice(*chosen, self.config.model_dump(mode="json", include=WRITING))
 
     def _measure_again(self, converted: Converted, curve: tuple[CurvePoint, ...]) -> tuple[CurvePoint, ...]:
         """The same errors, with sizes in files that are written otherwise."""

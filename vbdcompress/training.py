@@ -98,7 +98,8 @@ class EpochRunner:
         torch.manual_seed(own)
         random.seed(own)  # these two for data sets that augment by them
         np.random.seed(own % 2**32)
-        seed_generators(self.batches, seed)  # the order is one for all processes
+        # What workers draw is each process's own; that the order is one for all SharedSampler sees to
+        seed_generators(self.batches, own if fabric.global_rank else seed)
         set_epoch(self.batches, epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * self.rate(epoch)

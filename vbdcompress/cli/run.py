@@ -200,10 +200,11 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
     from rich.text import Text
 
     from vbdcompress.devices import start_fabric
+    from vbdcompress.evaluation import Judge
     from vbdcompress.pipeline import run_stages
     from vbdcompress.progress import FitProgress
     from vbdcompress.reporting.terminal import print_summary
-    from vbdcompress.stages import Judge, Origin
+    from vbdcompress.stages import Origin
     from vbdcompress.tracking import Listeners, open_tracker
     from vbdcompress.workplace import Workplace
 
