@@ -3,7 +3,10 @@
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.pipeline import compress
 from vbdcompress.records import InputSpec
 
-DIFFER = r"Batches differ in shape: examples of \[\d+\] and of \[\d+\]. MACs and the ONNX file"
+DIFFER = r"Batches differ in shape: examples of \[\d+\] and of \[\d+\], say. MACs and latency"
 
 
 class Tokens(nn.Module):
@@ -41,15 +44,62 @@ def sentences(lengths: Callable[[int], int]) -> list[tuple[Tensor, int]]:
     return [(torch.randint(1, 20, (lengths(n),), generator=drawn), n % 2) for n in range(48)]
 
 
+def serve(folder: Path, ids: Tensor) -> Tensor:
+    """What onnxruntime makes of a batch."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    given = {item.name: ids.numpy() for item in session.get_inputs()}
+    return torch.from_numpy(session.run(None, given)[0])
+
+
+@pytest.mark.parametrize("options", [{"mode": "weights", "int8": True}, {"mode": "channels"}])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_batches_of_several_lengths_go_through_and_the_report_says_what_the_file_takes(shuffle, tmp_path):
-    loader = DataLoader(sentences(lambda n: 3 + n % 17), 4, shuffle=shuffle, collate_fn=padded)  # type: ignore[arg-type]
-    with pytest.warns(UserWarning, match=DIFFER) as caught:
-        result = compress(Tokens(), loader, validation=loader, test=loader, epochs=1, finetune_epochs=0)
+def test_batches_of_several_lengths_give_a_file_for_any(
+    shuffle: bool, options: dict[str, Any], tmp_path: Path
+):
+    examples = sentences(lambda n: 3 + n % 17)
+    loader = DataLoader(examples, 4, shuffle=shuffle, collate_fn=padded)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=f"{DIFFER}.* takes them all") as caught:
+        result = compress(
+            Tokens(), loader, validation=loader, test=loader, epochs=1, finetune_epochs=0, **options
+        )
     told = next(str(each.message) for each in caught if "differ in shape" in str(each.message))
     content = result.export(tmp_path)
     assert told in content["warnings"]
-    assert f"are for {list(content['input']['shape'])}, the file" in told
+    assert f"are for {list(content['input']['shape'])}; the ONNX" in told
+    assert content["inputs"][0]["any_size"] == [1]
+    assert "batch\N{MULTIPLICATION SIGN}any" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    for length in (1, 2, 19, 40):  # the longest sentence has 19
+        ids = torch.randint(1, 20, (3, length))
+        torch.testing.assert_close(serve(tmp_path, ids), result.model(ids).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_is_exported_for_one_length_alone_says_so(tmp_path: Path):
+    class Branching(Tokens):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * (2 if ids.shape[1] > 8 else 1)
+
+    batches = [(torch.randint(1, 20, (6, length)), torch.arange(6) % 2) for length in (5, 12, 7)]
+    with pytest.warns(UserWarning, match=f"{DIFFER}.* takes no others"):
+        result = compress(Branching(), batches, validation=batches, test=batches, epochs=1)
+    content = result.export(tmp_path)
+    assert "any_size" not in content["inputs"][0]
+    torch.testing.assert_close(
+        serve(tmp_path, batches[0][0]), result.model(batches[0][0]).detach(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_batches_of_more_dimensions_are_told_of(tmp_path: Path):
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.flatten(1, -2).sum(1) if x.dim() > 2 else x)
+
+    batches = [(torch.rand(6, 4), torch.arange(6) % 2), (torch.rand(6, 3, 4), torch.arange(6) % 2)]
+    with pytest.warns(UserWarning, match=r"examples of \[4\] and of \[3, 4\], say.* takes no others"):
+        compress(Sums(), batches, validation=batches, test=batches, epochs=1).export(tmp_path)
 
 
 def test_batches_of_one_length_are_not_warned_of():

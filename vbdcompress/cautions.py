@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from vbdcompress.inputs import Inputs
+from vbdcompress.inputs import Inputs, shapes_of
 from vbdcompress.preflight import outputs_of
 from vbdcompress.reporting.build import StageRecord
 
@@ -37,6 +37,26 @@ def warn_of_frozen(original: nn.Module, stages: Sequence[StageRecord]) -> list[s
     return [
         f"Frozen layers (requires_grad=False) were not trained, but multiplied by the gates of what they "
         f"read, and cut: {named}. --skip leaves a layer as it is."
+    ]
+
+
+def warn_of_shapes(samples: Inputs, found: Sequence[Inputs], taken: Sequence[Inputs]) -> list[str]:
+    """Where batches differ in shape.
+
+    Args:
+        samples: what MACs are counted with.
+        found: inputs of other shapes.
+        taken: those that the ONNX file takes.
+    """
+    if not found:
+        return []
+    one, other = (", ".join(str(list(size[1:])) for size in shapes_of(each)) for each in (samples, found[0]))
+    told = f"Batches differ in shape: examples of {one} and of {other}, say. MACs and latency are for {one}"
+    if taken:
+        return [f"{told}; the ONNX file takes them all."]
+    return [
+        f"{told}, and the ONNX file takes no others, for the network can't be exported for all: pad or "
+        "resize examples to one shape."
     ]
 
 

@@ -44,12 +44,19 @@ class FileSize:
         file_bytes: of its dense file.
         samples: [n, ...] of each input.
         sources: what the file says of itself comes from them.
+        others: inputs of other shapes, which the file takes as well.
     """
 
     def __init__(
-        self, config: RunConfig, original: nn.Module, file_bytes: int, samples: Inputs, sources: Sources
+        self,
+        config: RunConfig,
+        original: nn.Module,
+        file_bytes: int,
+        samples: Inputs,
+        sources: Sources,
+        others: Sequence[Inputs] = (),
     ) -> None:
-        self.config, self.samples, self.sources = config, samples, sources
+        self.config, self.samples, self.sources, self.others = config, samples, sources, others
         self.unused = unused_parameters(original, first(samples, 2))
         # What the original's file needs beside its numbers; less than nothing where norms are folded
         self.graph_bytes = max(0, file_bytes - FLOAT_BYTES * self._count_used(original))
@@ -77,7 +84,9 @@ class FileSize:
         known = (record.name, record.classes, record.split, (100.0, "validation"))
         told = file_properties(spec, self.samples, *known)
         scratch, storage = Scratch(), Storage(self.config.packs, codes, told)
-        return write_onnx(rounded, scratch.folder / "chosen.onnx", self.samples, spec, storage).bytes
+        return write_onnx(
+            rounded, scratch.folder / "chosen.onnx", self.samples, spec, storage, self.others
+        ).bytes
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,20 @@ def shapes_of(inputs: Inputs) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors_of(inputs)]
 
 
+def open_dims(shown: Sequence[Inputs]) -> list[list[int]]:
+    """Of each tensor, the dimensions beside the batch whose size is not the same in all inputs shown."""
+    shapes = [shapes_of(inputs) for inputs in shown]
+    return [
+        [dim for dim in range(1, len(sizes[0])) if len({size[dim] for size in sizes}) > 1]
+        for sizes in zip(*shapes, strict=True)
+    ]
+
+
+def are_alike(shown: Sequence[Inputs]) -> bool:
+    """Whether all inputs have as many tensors, of as many dimensions."""
+    return len({tuple(map(len, shapes_of(inputs))) for inputs in shown}) == 1
+
+
 def example_shape(inputs: Inputs) -> tuple[int, ...]:
     """Of one example of the first tensor, without the batch."""
     return shapes_of(inputs)[0][1:]

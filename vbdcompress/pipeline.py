@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +14,19 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vbdcompress.budget import warn_of_undecided
-from vbdcompress.cautions import warn_of_frozen, warn_of_one_class
+from vbdcompress.cautions import warn_of_frozen, warn_of_one_class, warn_of_shapes
 from vbdcompress.choosing import FileSize
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
 from vbdcompress.data.loaders import drawn_from, seed_generators
 from vbdcompress.devices import start_fabric, wait_for_all
-from vbdcompress.errors import ConfigError
+from vbdcompress.errors import ConfigError, ExportError
 from vbdcompress.evaluation import Judge, Loss, Metric, cross_entropy, to_device, top1_error, with_gradients
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
-from vbdcompress.inputs import Inputs, example_shape, first
+from vbdcompress.inputs import Inputs, are_alike, example_shape, first
 from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.preflight import check_run
@@ -164,8 +164,10 @@ def _run_stages(
         workplace.claim(identify_run(original, data, config, samples, loss, metric, digests))
     wait_for_all(fabric)
     scratch = Scratch()
-    before = _original_size(original, scratch.folder / ORIGINAL_FILE, samples, sources.input.name)
-    sizes = FileSize(config, original, before.bytes, samples, sources)
+    found = other_shapes(sources, samples, config.seed)
+    path, name = scratch.folder / ORIGINAL_FILE, sources.input.name
+    before, others = _original_size(original, path, samples, found, name)
+    sizes = FileSize(config, original, before.bytes, samples, sources, others)
     run = StageRunner(sources, original, config, judge, workplace, before, sizes, fabric.device)
     baseline = run.validate(original)
     done = run.rounds(original, samples, baseline)
@@ -187,7 +189,7 @@ def _run_stages(
         rounding=rounding,
         warnings=[
             *warnings_of(sources),
-            *other_shapes(sources, samples, config.seed),
+            *warn_of_shapes(samples, found, others),
             *warn_of_frozen(original, [stage.record for stage in done]),
             *(warn_of_one_class(original, current, samples) if judge.metric is top1_error else ()),
             *run.excess(current, rounding, errors),
@@ -198,12 +200,22 @@ def _run_stages(
     )
     content = report(original, current, first(samples, 2), (before, sizes.measure(current)), context)
     plans = (*origin.plans, *(stage.plan for stage in done))
-    files = ResultFiles(scratch, plans, samples, origin, sources, config, judge.metric, rounding)
+    files = ResultFiles(scratch, plans, samples, others, origin, sources, config, judge.metric, rounding)
     return Result(current, content, original, done[-1].sigma, files, fabric.is_global_zero)
 
 
-def _original_size(model: nn.Module, path: Path, samples: Inputs, input_name: str) -> Size:
-    """Size of the network that came in, as its own ONNX file holds it."""
-    bytes_ = export_onnx(model, path, samples, input_name=input_name).bytes
+def _original_size(
+    model: nn.Module, path: Path, samples: Inputs, others: Sequence[Inputs], input_name: str
+) -> tuple[Size, Sequence[Inputs]]:
+    """Size of the network that came in, as its own ONNX file holds it, and what else that file takes."""
+    if not are_alike([samples, *others]):
+        others = ()
+    try:
+        check = export_onnx(model, path, samples, input_name=input_name, others=others)
+    except ExportError:
+        if not others:
+            raise
+        others = ()  # its code may take one shape alone once it is traced
+        check = export_onnx(model, path, samples, input_name=input_name)
     store_weights_(stored := copy_of(model))
-    return replace(measure_size(stored, first(samples, 2)), bytes=bytes_)
+    return replace(measure_size(stored, first(samples, 2)), bytes=check.bytes), others

@@ -173,6 +173,7 @@ class ExportCheck:
         max_difference: largest |onnxruntime - torch| over the largest |torch|.
         tolerance: what was allowed.
         packed: weights that are rebuilt from fewer bytes.
+        open_dims: of each input, the dimensions beside the batch that may have any size.
     """
 
     opset: int
@@ -181,6 +182,7 @@ class ExportCheck:
     max_difference: float
     tolerance: float
     packed: tuple[PackedTensor, ...] = ()
+    open_dims: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run gives: the slim network, its report, and the files that they make."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class ResultFiles:
         scratch: folder with the original's ONNX file, to compare with; gone when this object is.
         plans: removal plans in order, from what the architecture builds to the slim network.
         samples: the first inputs of the training loader, what the files are checked on.
+        others: inputs of other shapes, on which they are checked as well.
         origin: where the network came from.
         sources: the data.
         config: the options.
@@ -47,6 +49,7 @@ class ResultFiles:
     scratch: Scratch
     plans: tuple[RemovalPlan, ...]
     samples: Inputs
+    others: Sequence[Inputs]
     origin: Origin
     sources: Sources
     config: RunConfig
@@ -93,6 +96,7 @@ class Result:
             folder,
             files.samples,
             files.plans,
+            others=files.others,
             architecture=origin.architecture,
             arguments=origin.arguments,
             data=sources.record.name,
@@ -131,7 +135,7 @@ class Result:
         source = folder / "model.onnx"
         if files.config.packs:  # what is rebuilt at session time is no constant to quantise
             source = files.scratch.folder / "dense.onnx"
-            write_onnx(self.model, source, files.samples, spec)
+            write_onnx(self.model, source, files.samples, spec, others=files.others)
         batches = first_batches(sources.train, CALIBRATION_EXAMPLES)
         calibration = (inputs_for(spec, inputs) for inputs in batches)
         path = folder / INT8_FILE

@@ -11,12 +11,13 @@ from torch import Tensor
 from vbdcompress.data import TensorBatches, on_device
 from vbdcompress.data.loaders import check_repeatable, drawn_from
 from vbdcompress.errors import DataError
-from vbdcompress.inputs import Inputs, shapes_of, tensors_of
+from vbdcompress.evaluation import to_device
+from vbdcompress.inputs import Inputs, first, shapes_of, tensors_of
 from vbdcompress.records import InputSpec
 from vbdcompress.reporting.build import DataRecord
 
-# Batches of a part, to see whether their shapes differ
-LOOKED_AT = 8
+# Batches of a part, to see whether their shapes differ, and examples of each shape
+LOOKED_AT, OF_EACH = 8, 8
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,22 @@ def warnings_of(sources: Sources) -> list[str]:
     return messages
 
 
-def other_shapes(sources: Sources, samples: Inputs, seed: int) -> list[str]:
-    """A warning where some of the first batches hold examples of another shape than the samples have.
+def other_shapes(sources: Sources, samples: Inputs, seed: int) -> list[Inputs]:
+    """Inputs of other shapes than the samples', some of each that the first batches hold, on the CPU.
 
     Args:
         seed: of the order in which loaders that shuffle draw them.
     """
-    shape = [size[1:] for size in shapes_of(samples)]
+    known, found = [[size[1:] for size in shapes_of(samples)]], list[Inputs]()
     for batches in (sources.train, sources.validation):
         if isinstance(batches, TensorBatches):
             continue
         with drawn_from(seed):
             for inputs, _ in islice(batches, LOOKED_AT):
-                if (found := [size[1:] for size in shapes_of(inputs)]) != shape:
-                    one, other = (", ".join(str(list(size)) for size in sizes) for sizes in (shape, found))
-                    return [
-                        f"Batches differ in shape: examples of {one} and of {other}. MACs and the ONNX file "
-                        f"are for {one}, the file takes no others: pad or resize all examples to one shape."
-                    ]
-    return []
+                if (shape := [size[1:] for size in shapes_of(inputs)]) not in known:
+                    known.append(shape)
+                    found.append(to_device(first(inputs, OF_EACH), torch.device("cpu")))
+    return found
 
 
 def check_parts(loader: Iterable[Any], validation: Iterable[Any], test: Iterable[Any] | None) -> None:

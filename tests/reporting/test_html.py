@@ -229,11 +229,11 @@ def test_hide_folder_keeps_relative_paths_only(path, shown):
 
 def test_render_html_lists_what_the_file_takes(report):
     report["inputs"] = [
-        {"name": "ids", "shape": [16], "dtype": "int64"},
+        {"name": "ids", "shape": [5, 16], "dtype": "int64", "any_size": [1]},
         {"name": "scale", "shape": [], "dtype": "float32"},
     ]
     told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))
-    assert "ids , int64, batch 16 scale , float32, batch batch any size" in told
+    assert "ids , int64, batch any 16 scale , float32, batch batch any size" in told
     report["input"]["embedded"] = True
     report["inputs"] = [{"name": "input", "shape": [8, 6], "dtype": "uint8"}]
     told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))

@@ -25,6 +25,7 @@ def export(
     samples: Inputs,
     plans: Sequence[RemovalPlan] = (),
     *,
+    others: Sequence[Inputs] = (),
     architecture: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     data: str | None = None,
@@ -40,6 +41,7 @@ def export(
         folder: made where it is missing.
         samples: [n, ...] real inputs, normalised as in training.
         plans: removal plans, in the order in which they were applied: `load_slim` cuts by them.
+        others: inputs of other shapes, which model.onnx takes as well: see `export_onnx`.
         architecture, arguments: how the original is built; without, `load_slim` must be given it.
         data: name of the data set.
         input: name, shape and normalisation of the inputs; None takes the samples' shape. Where it is
@@ -57,7 +59,7 @@ def export(
         )
     folder.mkdir(parents=True, exist_ok=True)
     spec = input or InputSpec(example_shape(samples))
-    check = write_onnx(model, folder / "model.onnx", samples, spec, storage)
+    check = write_onnx(model, folder / "model.onnx", samples, spec, storage, others)
     header = SlimFile(
         tuple(plans),
         architecture,
@@ -72,15 +74,21 @@ def export(
 
 
 def write_onnx(
-    model: nn.Module, path: Path, samples: Inputs, spec: InputSpec, storage: Storage | None = None
+    model: nn.Module,
+    path: Path,
+    samples: Inputs,
+    spec: InputSpec,
+    storage: Storage | None = None,
+    others: Sequence[Inputs] = (),
 ) -> ExportCheck:
     """`export_onnx` of a network, behind its normalisation where that is embedded.
 
     Args:
-        samples: [n, ...] real inputs, normalised as in training.
+        samples, others: [n, ...] real inputs, normalised as in training.
     """
     served = TakesPixels(model, spec) if spec.embedded else model
-    return export_onnx(served, path, inputs_for(spec, samples), input_name=spec.name, storage=storage)
+    given, *more = (inputs_for(spec, each) for each in (samples, *others))
+    return export_onnx(served, path, given, input_name=spec.name, storage=storage, others=more)
 
 
 def file_properties(

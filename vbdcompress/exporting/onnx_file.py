@@ -1,12 +1,7 @@
-"""ONNX by torch's dynamo exporter, checked, cleaned, and compared with torch in onnxruntime."""
+"""ONNX files that onnxruntime is seen to run as torch does."""
 
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from itertools import chain, count
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +10,11 @@ import onnx
 import onnxruntime
 import torch
 from onnx import numpy_helper
-from torch import Tensor, nn
+from torch import nn
 
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.errors import ExportError
+from vbdcompress.exporting.exporter import CHECKER_ERRORS, TRACED, to_onnx
 from vbdcompress.exporting.packing import FOLDED, Storage, pack_, rebuilding_graph
 from vbdcompress.files import replacing
 from vbdcompress.inputs import (
@@ -26,7 +22,7 @@ from vbdcompress.inputs import (
     call,
     in_eval_mode,
     map_tensors,
-    names_of,
+    open_dims,
     resize,
     shapes_of,
     tensors_of,
@@ -38,21 +34,7 @@ from vbdcompress.rounding import Array, Rounded
 # Largest |onnxruntime - torch| over the largest |torch|, float32 sums in another order
 TOLERANCE = 1e-4
 BATCH_SIZES = (1, 7)
-# torch tells a batch of one apart as it traces
-TRACED = 2
 _DENSE_INSTEAD = "Please report the network; --no-pack writes the dense file."
-# What the checker is known to raise
-_CHECKER_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-# What the exporter and the checker are known to raise for networks that ONNX can't express
-_EXPORT_ERRORS = (
-    torch.onnx.errors.OnnxExporterError,
-    *_CHECKER_ERRORS,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-)
 
 
 def export_onnx(
@@ -62,6 +44,7 @@ def export_onnx(
     *,
     input_name: str = "input",
     tolerance: float = TOLERANCE,
+    others: Sequence[Inputs] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     storage: Storage | None = None,
 ) -> ExportCheck:
@@ -75,6 +58,8 @@ def export_onnx(
             names. The first dimension is dynamic. The output is "output", or "output_1" (and so on) where
             an input is called that.
         tolerance: for the largest difference, relative to the largest output.
+        others: more real inputs, of other shapes: the dimensions in which they differ from the samples are
+            dynamic, too, and the file is compared on them as well.
         batch_sizes: to compare at.
         storage: whether weights are packed, and what the file says of itself; None: dense, nothing.
     Returns:
@@ -88,13 +73,13 @@ def export_onnx(
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     # ONNX has no operators for what computes some of them
     store_weights_(plain)
-    samples = map_tensors(samples, lambda tensor: tensor.detach().cpu())
+    shown = [map_tensors(each, lambda tensor: tensor.detach().cpu()) for each in (samples, *others)]
     with replacing(path) as partial:
-        proto = _to_onnx(plain, samples, input_name)
+        proto = to_onnx(plain, shown, input_name)
         onnx.helper.set_model_props(proto, {str(key): str(value) for key, value in storage.metadata.items()})
         packed = _pack_and_check_(proto, storage.rounded) if storage.pack else ()
         onnx.save(proto, partial)
-        difference = compare_with_torch(plain, partial, samples, batch_sizes)
+        difference = max(compare_with_torch(plain, partial, each, batch_sizes) for each in shown)
         if not difference <= tolerance:
             raise ExportError(
                 f"export to '{path.name}'",
@@ -104,7 +89,8 @@ def export_onnx(
             )
         size = partial.stat().st_size
     opset = int(next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")))
-    return ExportCheck(opset, size, tuple(batch_sizes), difference, tolerance, packed)
+    sizes = tuple(tuple(dims) for dims in open_dims(shown))
+    return ExportCheck(opset, size, tuple(batch_sizes), difference, tolerance, packed, sizes)
 
 
 def _pack_and_check_(proto: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> tuple[PackedTensor, ...]:
@@ -114,7 +100,7 @@ def _pack_and_check_(proto: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> 
     if rows:
         try:
             onnx.checker.check_model(proto, full_check=True)
-        except _CHECKER_ERRORS as error:
+        except CHECKER_ERRORS as error:
             raise ExportError(
                 "export", f"the graph with packed weights is not valid: {error}", _DENSE_INSTEAD
             ) from error
@@ -138,103 +124,6 @@ def _largest_difference(found: Array, wanted: Array) -> float:
     """0 where both hold the same infinity, as a mask may, or NaN."""
     different = ~((found == wanted) | (np.isnan(found) & np.isnan(wanted)))
     return float(np.abs(found[different] - wanted[different]).max(initial=0.0))
-
-
-def _to_onnx(model: nn.Module, samples: Inputs, input_name: str) -> onnx.ModelProto:
-    """Export, clean and check."""
-    two = resize(samples, TRACED)
-    tensors = tensors_of(two)
-    names = names_of(samples, input_name)
-    free = (name for name in chain(["output"], map("output_{}".format, count(1))) if name not in names)
-    # torch 2.8 insists on the bound; the file knows none
-    shapes: tuple[Any, ...] = ({0: torch.export.Dim("batch", min=2)},) * len(tensors)
-    try:
-        with in_eval_mode(model), _quiet_exporter():
-            with torch.no_grad():
-                bare = isinstance(two, Tensor) and isinstance(call(model, two), Tensor)
-            program: Any = torch.onnx.export(
-                model if bare else _OfTensors(model, samples),
-                tuple(tensors),
-                dynamo=True,
-                input_names=names,
-                output_names=[next(free)],
-                dynamic_shapes=shapes if bare else (shapes,),
-                external_data=False,
-                optimize=True,
-                verbose=False,
-            )
-        proto: onnx.ModelProto = program.model_proto
-        _strip_metadata(proto)
-        # older runtimes refuse a newer number, whatever stands in the file
-        proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
-        onnx.checker.check_model(proto, full_check=True)
-    except _EXPORT_ERRORS as error:
-        raise ExportError(f"export of {type(model).__name__}", f"ONNX refused it: {_cause(error)}") from error
-    del proto.graph.value_info[:]  # of intermediate results: every runtime infers it anew
-    return proto
-
-
-def _cause(error: BaseException) -> str:
-    """What the exporter stumbled over, without its own advice to its developers."""
-    while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
-
-
-class _OfTensors(nn.Module):
-    """A network called with the tensors of its inputs one after the other, that gives those of its output.
-
-    The exporter knows no output of a class of the user's own, such as a dataclass.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
-        self.model, self.inputs = model, inputs
-
-    def forward(self, *tensors: Tensor) -> Any:
-        given = iter(tensors)
-        return tuple(flatten_output(call(self.model, map_tensors(self.inputs, lambda _: next(given)))))
-
-
-def _strip_metadata(proto: onnx.ModelProto) -> None:
-    """The exporter notes stack traces with the machine's paths on every node and value."""
-    graphs = [proto.graph]
-    while graphs:
-        graph = graphs.pop()
-        for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-            item.ClearField("metadata_props")
-            item.ClearField("doc_string")
-        graph.ClearField("metadata_props")
-        graph.ClearField("doc_string")
-        graphs += [
-            attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")
-        ]
-    for function in proto.functions:
-        function.ClearField("metadata_props")
-        function.ClearField("doc_string")
-        for node in function.node:
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
-    proto.ClearField("metadata_props")
-    proto.ClearField("doc_string")
-    proto.producer_name = "vbdcompress"
-    proto.ClearField("producer_version")
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's progress, notes on its own deprecations and log lines."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def open_session(file: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:

@@ -183,8 +183,10 @@ def with_export(content: Mapping[str, Any], check: ExportCheck, latency: Sequenc
     size = {key: dict(value) for key, value in content["size"].items()}
     size["after"]["bytes"] = check.bytes
     size["compression_ratio"]["bytes"] = size["before"]["bytes"] / check.bytes
+    rows = zip(content["inputs"], check.open_dims, strict=True)
     return {
         **content,
+        "inputs": [row | {"any_size": list(dims)} if dims else row for row, dims in rows],
         "size": size,
         "latency": [asdict(row) for row in latency],
         "export": asdict(check),

@@ -90,9 +90,14 @@ def format_setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def format_shape(shape: Sequence[int] | None) -> str:
-    """[16, 1, 3, 3] -> '16×1×3×3'; None and [] -> '–'."""
-    return formatting.TIMES.join(str(length) for length in shape) if shape else formatting.MISSING
+def format_shape(shape: Sequence[int] | None, any_size: Sequence[int] = ()) -> str:
+    """[16, 1, 3, 3] -> '16×1×3×3'; None and [] -> '–'.
+
+    Args:
+        any_size: dimensions, counted from 1, that are written as 'any'.
+    """
+    lengths = ["any" if place in any_size else str(length) for place, length in enumerate(shape or (), 1)]
+    return formatting.TIMES.join(lengths) or formatting.MISSING
 
 
 def list_inputs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
