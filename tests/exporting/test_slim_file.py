@@ -73,6 +73,24 @@ def test_load_slim_cuts_the_user_s_own_network(tmp_path):
         load_slim(path, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)))
 
 
+def test_a_network_that_was_cut_twice_is_loaded_from_both_files(tmp_path):
+    def build():
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    paths, network = (tmp_path / "first.safetensors", tmp_path / "second.safetensors"), build()
+    for path, mode in zip(paths, ("channels", "weights"), strict=True):
+        converted = convert(network, torch.randn(2, 6), mode)
+        if mode == "channels":  # the second leaves all units, and so one size for the file's tensors
+            find_posteriors(converted.model)[0].log_sigma2.data[:2] = 30.0
+        slimmed = slim(converted, 3.0)
+        network = slimmed.model
+        save_slim(path, network, SlimFile((slimmed.plan,), None, {}, None, InputSpec((6,))))
+    with pytest.raises(LoadError, match=r"(?s)does not fit.*load_slim\(path_of_the_first"):
+        load_slim(paths[1], model=build())
+    loaded = load_slim(paths[1], model=load_slim(paths[0], model=build()))
+    assert torch.equal(loaded(torch.ones(2, 6)), network(torch.ones(2, 6)))
+
+
 def test_load_slim_does_not_build_what_a_file_names(tmp_path):
     path = tmp_path / "slim.safetensors"
     slimmed = slimmed_lenet("channels")

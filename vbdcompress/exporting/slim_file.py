@@ -128,6 +128,12 @@ def _unpack(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> di
     return tensors
 
 
+_WHICH = (
+    "Pass the network as compress was given it, freshly built; where that was a slim one already: "
+    "load_slim(path, model=load_slim(path_of_the_first, model=MyNetwork()))"
+)
+
+
 def load_slim(
     path: str | Path, model: nn.Module | ExportedProgram | None = None, *, arch: str | None = None
 ) -> nn.Module:
@@ -163,11 +169,11 @@ def load_slim(
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # of shapes
-        raise LoadError(f"file '{path}'", f"does not fit the network: {error}") from error
+        raise LoadError(f"file '{path}'", f"does not fit the network: {error}", _WHICH) from error
     tied = set(model.state_dict()) - set(_state(model))
     missing = [name for name in missing if name not in tied]
     if missing or unexpected:
         raise LoadError(
-            f"file '{path}'", f"does not fit the network: missing {missing}, not known {unexpected}."
+            f"file '{path}'", f"does not fit the network: missing {missing}, not known {unexpected}.", _WHICH
         )
     return model.eval()
