@@ -77,6 +77,11 @@ def test_pack_and_unpack_give_the_same_files(script: Any, tmp_path: Path, monkey
     list(carry.pack(tmp_path / "there", tmp_path / "next", everything=True))
     carry.unpack(tmp_path / "next", tmp_path / "third")
     assert (tmp_path / "third/zoo/net.pt").read_bytes() == made["zoo/net.pt"]
+    # but to where it came from: parts there are replaced
+    list(carry.pack(tmp_path / "there", tmp_path / "out"))
+    carry.unpack(tmp_path / "out", tmp_path / "fourth")
+    assert (tmp_path / "fourth/zoo/net.pt").read_bytes() == made["zoo/net.pt"]
+    assert (tmp_path / "fourth/results/row/vd-0.json").exists()
 
 
 def test_pack_tells_what_does_not_fit(script: Any, tmp_path: Path) -> None:

@@ -82,10 +82,12 @@ def pack(work: Path, out: Path, limit: int = LIMIT, *, everything: bool = False)
     """Write what is new in `work` to parts in `out`; tells what did not fit.
 
     Args:
+        out: where `work` was unpacked from: all is written again, for the parts there are replaced.
         limit: bytes of all parts together.
         everything: not only what is new since it was unpacked here.
     """
-    known = {} if everything else _carried(work)
+    folders, marks = _carried(work)
+    known = {} if everything or str(out.resolve()) in folders else marks
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in _files(work):
@@ -124,8 +126,10 @@ def unpack(folder: Path, work: Path) -> None:
     with tarfile.open(fileobj=whole) as archive:
         names = archive.getnames()
         archive.extractall(work, filter="data")
-    marks = _carried(work) | {name: _mark(work / name) for name in names}
-    (work / CARRIED).write_text(json.dumps(marks), encoding="utf-8")
+    folders, marks = _carried(work)
+    marks |= {name: _mark(work / name) for name in names}
+    told = {"folders": [*folders, str(folder.resolve())], "marks": marks}
+    (work / CARRIED).write_text(json.dumps(told), encoding="utf-8")
 
 
 def _files(work: Path) -> Iterator[Path]:
@@ -150,10 +154,13 @@ def _mark(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _carried(work: Path) -> dict[str, list[int]]:
+def _carried(work: Path) -> tuple[list[str], dict[str, list[int]]]:
+    """The folders that `work` was unpacked from, and what lay there: name -> mark."""
     path = work / CARRIED
-    found: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    if not path.exists():
+        return [], {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["folders"], found["marks"]
 
 
 def _state_bytes(path: Path) -> bytes:
