@@ -147,3 +147,11 @@ def test_low_precision_data_are_told_apart_too():
     low = torch.rand(20, 3, dtype=torch.bfloat16)
     digests = {TensorBatches(inputs, torch.arange(20), 5).digest() for inputs in (low, low + 1)}
     assert len(digests) == 2
+
+
+def test_what_a_killed_run_had_half_written_goes_and_other_files_stay(tmp_path):
+    names = ["1-channels.ckpt.77.part", "finetune.ckpt.78.part", "notes.part", "mine.ckpt.1.part"]
+    for name in names:
+        (tmp_path / name).touch()
+    Workplace(tmp_path).claim(identity_of())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.ckpt.1.part", "notes.part", "run.json"]

@@ -122,25 +122,7 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
     Raises:
         ConvertError: it has no weights yet, holds NaN, fails on the example, or runs on layers of `of`.
     """
-    for name, module in model.named_modules():
-        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise ConvertError(
-                "convert",
-                f"layer '{name}' is {type(module).__name__}, which has no weights yet.",
-                "Run one batch through the model first.",
-            )
-    if not any(True for _ in model.parameters()):
-        raise ConvertError("convert", "nothing in the network can be converted: it has no parameters.")
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ConvertError(
-                "convert",
-                f"parameter '{name}' is {parameter.dtype}, too coarse to learn a variance in.",
-                "Call model.float() first; --precision bf16-mixed makes the fit itself fast.",
-            )
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            bad = int((~parameter.isfinite()).sum())
-            raise ConvertError("convert", f"parameter '{name}' holds {bad} NaN or infinite values.")
+    _check_parameters(model)
     called, foreign = set[str](), set[str]()
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -169,6 +151,29 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
             "(lambda x: self.layer(x)): make them methods, and call layers by self.",
         )
     return called
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Raise ConvertError where there are none, or they are no numbers that a posterior can be learned on."""
+    for name, module in model.named_modules():
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise ConvertError(
+                "convert",
+                f"layer '{name}' is {type(module).__name__}, which has no weights yet.",
+                "Run one batch through the model first.",
+            )
+    if not any(True for _ in model.parameters()):
+        raise ConvertError("convert", "nothing in the network can be converted: it has no parameters.")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ConvertError(
+                "convert",
+                f"parameter '{name}' is {parameter.dtype}, too coarse to learn a variance in.",
+                "Call model.float() first; --precision bf16-mixed makes the fit itself fast.",
+            )
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            bad = int((~parameter.isfinite()).sum())
+            raise ConvertError("convert", f"parameter '{name}' holds {bad} NaN or infinite values.")
 
 
 def check_storable(model: nn.Module, samples: Inputs, *, int8: bool, packed: bool) -> None:

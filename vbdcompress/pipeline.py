@@ -155,13 +155,7 @@ def _run_stages(
     check_model(original, first(samples, 2), of=model)
     check_run(original, samples, target, sources, config, judge)
     if fabric.is_global_zero:
-        record, spec = sources.record, sources.input
-        held = [each for each in (sources.train, sources.validation) if isinstance(each, TensorBatches)]
-        data = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
-        loss = None if judge.loss is cross_entropy else judge.loss
-        metric = None if judge.metric is top1_error else judge.metric
-        digests = [each.digest() for each in held]
-        workplace.claim(identify_run(original, data, config, samples, loss, metric, digests))
+        _claim(workplace, original, samples, sources, config, judge)
     wait_for_all(fabric)
     scratch = Scratch()
     found = other_shapes(sources, samples, config.seed)
@@ -202,6 +196,19 @@ def _run_stages(
     plans = (*origin.plans, *(stage.plan for stage in done))
     files = ResultFiles(scratch, plans, samples, others, origin, sources, config, judge.metric, rounding)
     return Result(current, content, original, done[-1].sigma, files, fabric.is_global_zero)
+
+
+def _claim(
+    workplace: Workplace, model: nn.Module, samples: Inputs, sources: Sources, config: RunConfig, judge: Judge
+) -> None:
+    """Note what run the checkpoints are of. Raises FitError: see `Workplace.claim`."""
+    record, spec = sources.record, sources.input
+    data = (record.name, record.train, record.validation, list(spec.mean), list(spec.std))
+    loss = None if judge.loss is cross_entropy else judge.loss
+    metric = None if judge.metric is top1_error else judge.metric
+    held = [each for each in (sources.train, sources.validation) if isinstance(each, TensorBatches)]
+    digests = [each.digest() for each in held]
+    workplace.claim(identify_run(model, data, config, samples, loss, metric, digests))
 
 
 def _original_size(

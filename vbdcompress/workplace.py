@@ -148,9 +148,13 @@ class Workplace:
             stale = _steps_after(set(differing), identity)
         else:
             stale = [*FIRST_STEPS, *SECOND_STEPS, FINETUNE]
-        for step in stale:  # by name: the folder may hold other files of the user's own
+        # by name: the folder may hold other files of the user's own
+        for step in stale:
             for name in (f"{step}.ckpt", f"{step}.choice.json"):
                 (self.folder / name).unlink(missing_ok=True)
+        for step in (*FIRST_STEPS, *SECOND_STEPS, FINETUNE):
+            for half in self.folder.glob(f"{step}.*.part"):  # of a run that was killed as it wrote
+                half.unlink(missing_ok=True)
         write_text(path, json.dumps(identity))
 
     def _identity_of_last(self, path: Path) -> dict[str, Any] | None:
