@@ -152,4 +152,5 @@ def test_errors_beyond_0_and_1_are_named_wherever_they_come():
     good = torch.zeros(4), torch.zeros(4)
     bad = torch.zeros(4), torch.tensor([0.0, 1.0, 3.0, -1.0])
     with pytest.raises(DataError, match=r"below 0 or above 1 for 2 of 8 examples"):
-        measure_error(nn.Identity(), [good, bad], lambda output, target: target)
+        measure_error(nn.Identity(), [good, bad], lambda output, target: target, bounded=True)
+    assert measure_error(nn.Identity(), [good, bad], lambda output, target: target) == 100 * 3 / 8

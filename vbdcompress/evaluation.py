@@ -111,14 +111,18 @@ def whole_float32(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top1_error) -> float:
+def measure_error(
+    model: nn.Module, batches: Iterable[Any], metric: Metric = top1_error, *, bounded: bool = False
+) -> float:
     """Mean of `metric` over a set in percent, in eval mode; the network's mode is put back.
 
     Args:
         batches: yields (input, target).
         metric: (output, target) -> [batch], each example's error in [0, 1].
+        bounded: look whether they are; a network that was cut to noise may exceed a scale that is made for
+            trained ones.
     Raises:
-        DataError: no batch came, or the metric gives NaN, or errors beyond 0 and 1.
+        DataError: no batch came, or the metric gives NaN, or errors beyond 0 and 1 that were looked for.
     """
     device = device_of(model)
     total, beyond = torch.zeros(2, dtype=torch.float64, device=device)
@@ -137,7 +141,7 @@ def measure_error(model: nn.Module, batches: Iterable[Any], metric: Metric = top
         raise DataError(
             "evaluation", f"the metric's mean over {count} values is {error:g}.", "Look for NaN in the data."
         )
-    if beyond:
+    if bounded and beyond:
         raise DataError(
             "evaluation", f"the metric gives errors below 0 or above 1 for {int(beyond)} of {count} examples."
         )

@@ -42,6 +42,7 @@ from vbdcompress.workplace import Workplace, identify_run
 SAMPLES = 64
 
 
+@with_gradients()
 def compress(
     model: nn.Module | ExportedProgram,
     loader: Iterable[Any],
@@ -121,7 +122,7 @@ def compress(
         place = Workplace(folder, resume, listener)
         result = run_stages(model, sources, config, origin, Judge(loss, metric), place)
     for message in result.report["warnings"]:
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warnings.warn(message, UserWarning, stacklevel=3)  # past the decorator
     return result
 
 
@@ -163,7 +164,7 @@ def _run_stages(
     before, others = _original_size(original, path, samples, found, name)
     sizes = FileSize(config, original, before.bytes, samples, sources, others)
     run = StageRunner(sources, original, config, judge, workplace, before, sizes, fabric.device)
-    baseline = run.validate(original)
+    baseline = run.baseline(original)
     done = run.rounds(original, samples, baseline)
     current = done[-1].model
     finetuned = run.finetune(current)

@@ -98,9 +98,13 @@ class StageRunner:
             _, target = first_batch(self.sources.validation, "validation")
         self.judged = describe_judgement(judge.metric, target)
 
-    def error(self, model: nn.Module, batches: Iterable[Any]) -> float:
+    def error(self, model: nn.Module, batches: Iterable[Any], *, bounded: bool = False) -> float:
         """Error in percent, measured on the run's device."""
-        return measure_error(model.to(self.device), batches, self.judge.metric)
+        return measure_error(model.to(self.device), batches, self.judge.metric, bounded=bounded)
+
+    def baseline(self, original: nn.Module) -> float:
+        """Error of the network that came in on the validation set in percent. Raises: see `measure_error`."""
+        return self.error(original, self.sources.validation, bounded=True)
 
     def validate(self, model: nn.Module) -> float:
         """Error on the validation set in percent."""

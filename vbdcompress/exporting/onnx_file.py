@@ -133,7 +133,7 @@ def open_session(file: Path | bytes, threads: int = 0) -> onnxruntime.InferenceS
         ExportError: onnxruntime refuses it.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and told once
     options.intra_op_num_threads = threads
     try:
         source = file if isinstance(file, bytes) else str(file)
