@@ -1,5 +1,6 @@
 """The error of a network on a set, and moving batches to where it lies."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from vbdcompress.evaluation import (
     cross_entropy,
     device_of,
     measure_error,
+    name_of,
     to_device,
     top1_error,
     whole_float32,
@@ -154,3 +156,10 @@ def test_errors_beyond_0_and_1_are_named_wherever_they_come():
     with pytest.raises(DataError, match=r"below 0 or above 1 for 2 of 8 examples"):
         measure_error(nn.Identity(), [good, bad], lambda output, target: target, bounded=True)
     assert measure_error(nn.Identity(), [good, bad], lambda output, target: target) == 100 * 3 / 8
+
+
+def test_a_judge_is_called_by_its_function_and_what_a_partial_gives_it():
+    top_two = functools.partial(F.cross_entropy, torch.rand(2), label_smoothing=0.1, reduction="none")
+    assert name_of(F.cross_entropy) == "cross_entropy"
+    assert name_of(top_two) == "cross_entropy(label_smoothing=0.1, reduction='none')"
+    assert name_of(nn.MSELoss()) == "MSELoss"

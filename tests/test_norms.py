@@ -92,7 +92,8 @@ def test_a_frozen_norm_normalises_by_them_in_a_fit():
 
 def test_a_norm_of_the_slim_network_that_was_frozen_has_the_statistics_it_had():
     given = batches()
-    result = compress(network(), given, validation=given, test=given, epochs=3, threshold=-4.0)
+    with pytest.warns(UserWarning, match="Frozen layers .* read: '1'"):
+        result = compress(network(), given, validation=given, test=given, epochs=3, threshold=-4.0)
     assert 0 < len(result.model[1].running_mean) < 8
     assert bool((result.model[1].running_mean == 0.3).all())
     assert bool((result.model[1].running_var == 2.0).all())
@@ -102,7 +103,7 @@ def test_frozen_layers_that_gates_changed_are_named():
     given, model = batches(), network()
     model[1].requires_grad_(True)
     model[3].requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"Frozen layers .* they read, and cut: '3'\. --skip"):
+    with pytest.warns(UserWarning, match=r"Frozen layers .* they read: '3'\. --skip"):
         compress(model, given, validation=given, test=given, epochs=1)
 
 
@@ -114,11 +115,17 @@ def test_a_frozen_network_is_compressed_not_fine_tuned_and_warned_of():
     assert not any(parameter.requires_grad for parameter in found.model.parameters())
 
 
+def test_frozen_layers_that_came_out_as_they_were_are_not_warned_of():
+    given, model = batches(), network()
+    model[3].requires_grad_(False)
+    compress(model, given, validation=given, test=given, mode="weights", epochs=1, threshold=50.0)
+
+
 def test_frozen_weights_that_have_no_gates_are_removed_or_stay():
-    """Weights mode: nothing is multiplied, and there is nothing to warn of."""
     given, model = batches(), network()
     model[3].requires_grad_(False)
     before = set(model[3].weight.flatten().tolist())
-    found = compress(model, given, validation=given, test=given, mode="weights", epochs=3, threshold=-9.0)
+    with pytest.warns(UserWarning, match=r"Frozen layers .* read: ('1', )?'3'\. --skip"):
+        found = compress(model, given, validation=given, test=given, mode="weights", epochs=3, threshold=-9.0)
     assert 0.0 in (left := set(found.model[3].weight.flatten().tolist()))
     assert left - {0.0} < before

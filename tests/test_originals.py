@@ -49,6 +49,27 @@ class ReadsAWeight(Functional):
         self.between = lambda x: F.linear(x, self.hidden.weight)
 
 
+class ReadsAView(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 6)
+        weight = self.hidden.weight.T.detach()
+        self.between = lambda x: x @ weight
+
+
+class Singleton(nn.Linear):
+    """The same object in each copy."""
+
+    def __deepcopy__(self, memo: object) -> "Singleton":
+        return self
+
+
+class Shares(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = Singleton(6, 6)
+
+
 class Listed(Functional):
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +95,8 @@ REFUSED = [
     (CallsALayer, "'hidden'"),
     (CallsDropout, "'drop'"),
     (ReadsAWeight, "'hidden'"),
+    (ReadsAView, "'hidden'"),
+    (Shares, "'between'"),
     (Listed, "'layers.0', 'layers.1'"),
     (patched, "'first', 'last'"),
 ]
@@ -91,14 +114,29 @@ def test_a_network_whose_copy_runs_on_its_layers_is_refused(build: Callable[[], 
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_network_that_is_refused_keeps_its_statistics():
+    class Normalised(Functional):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+            self.between = lambda x: self.norm(x).relu()
+
+    model = Normalised().train()
+    with pytest.raises(ConvertError, match="layers of the original"):
+        convert(model, torch.rand(4, 8), "weights")
+    assert not model.norm.running_mean.any()
+    assert model.norm.training
+
+
 def test_functions_that_a_copy_takes_along_are_no_hindrance():
-    """A method that is bound to the network, one in a partial, a closure over nothing of it."""
+    """A method that is bound to the network, one in a partial, a closure over nothing or a type of it."""
     factor = 2.0
-    bound, partial, free = Functional(), Functional(), Functional()
+    bound, partial, free, typed = Functional(), Functional(), Functional(), Functional()
+    typed.between = lambda x: x.to(typed.first.weight.dtype)
     bound.between = bound.scaled
     partial.between = functools.partial(F.linear, weight=nn.Parameter(torch.eye(6)))
     free.between = lambda x: factor * x
-    for model in (bound, partial, free):
+    for model in (bound, partial, free, typed):
         converted = convert(model, torch.rand(2, 8), "weights")
         x = torch.rand(5, 8)
         expected = model(x)

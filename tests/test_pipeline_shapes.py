@@ -111,6 +111,36 @@ def test_batches_of_one_length_are_not_warned_of():
     assert list(result.report["input"]["shape"]) == [9]
 
 
+def test_an_input_spec_may_name_any_shape_that_was_seen():
+    batches = [(torch.randint(1, 20, (6, length)), torch.arange(6) % 2) for length in (5, 12)]
+    spec = InputSpec((12,))
+    with pytest.warns(UserWarning, match=DIFFER):
+        result = compress(Tokens(), batches, validation=batches, test=batches, input=spec, epochs=1)
+    assert tuple(result.report["input"]["shape"]) == (12,)
+
+
+def test_another_length_of_the_test_data_is_seen(tmp_path: Path):
+    batches, test = ([(torch.randint(1, 20, (6, length)), torch.arange(6) % 2)] for length in (5, 12))
+    with pytest.warns(UserWarning, match=f"{DIFFER}.* takes them all"):
+        compress(Tokens(), batches, validation=batches, test=test, epochs=1).export(tmp_path)
+    assert len(serve(tmp_path, test[0][0])) == 6
+
+
+def test_one_output_for_all_inputs_is_no_matter_of_the_batch(tmp_path: Path):
+    """A bag of instances: the outputs' only size is one that no dimension of the inputs has."""
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(6, 12), nn.ReLU()), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).mean(0, keepdim=True))
+
+    bags = [(torch.rand(9, 6), torch.tensor([n % 2])) for n in range(4)]
+    compress(Bag(), bags, validation=bags, test=bags, epochs=1).export(tmp_path)
+
+
 def test_an_input_spec_of_another_shape_is_refused():
     loader = DataLoader(sentences(lambda _: 9), 5, collate_fn=padded)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"InputSpec says examples of shape \[8\], the loader's are \[9\]"):

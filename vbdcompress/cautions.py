@@ -2,41 +2,36 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from vbdcompress.inputs import Inputs, shapes_of
 from vbdcompress.preflight import outputs_of
-from vbdcompress.reporting.build import StageRecord
 
 # Fewer examples may well be of one class
 ENOUGH = 32
 
 
-def warn_of_frozen(original: nn.Module, stages: Sequence[StageRecord]) -> list[str]:
+def warn_of_frozen(original: nn.Module, slimmed: nn.Module) -> list[str]:
     """Where layers whose gradients the user took off were changed all the same."""
     if not any(parameter.requires_grad for parameter in original.parameters()):
         return [
             "The whole network is frozen (requires_grad=False): weights were removed, none was trained or "
             "fine-tuned. model.requires_grad_(True) lets it learn what the cut took."
         ]
-    frozen = {
+    after = dict(slimmed.named_parameters())
+    changed = [
         name
-        for name, module in original.named_modules()
-        if (own := list(module.parameters(recurse=False))) and not any(each.requires_grad for each in own)
-    }
-    converted = [
-        row.name
-        for stage in stages
-        if stage.mode == "channels"
-        for row in stage.table
-        if row.action == "converted" and row.name in frozen
+        for name, parameter in original.named_parameters()
+        if not parameter.requires_grad
+        and (name not in after or not torch.equal(after[name].detach().cpu(), parameter.detach().cpu()))
     ]
-    if not converted:
+    if not changed:
         return []
-    named = ", ".join(f"'{name}'" for name in dict.fromkeys(converted))
+    layers = dict.fromkeys(name.rpartition(".")[0] or name for name in changed)
     return [
-        f"Frozen layers (requires_grad=False) were not trained, but multiplied by the gates of what they "
-        f"read, and cut: {named}. --skip leaves a layer as it is."
+        "Frozen layers (requires_grad=False) were not trained, but cut, or multiplied by gates of what "
+        f"they read: {', '.join(map(repr, layers))}. --skip leaves a layer as it is."
     ]
 
 
@@ -55,8 +50,8 @@ def warn_of_shapes(samples: Inputs, found: Sequence[Inputs], taken: Sequence[Inp
     if taken:
         return [f"{told}; the ONNX file takes them all."]
     return [
-        f"{told}, and the ONNX file takes no others, for the network can't be exported for all: pad or "
-        "resize examples to one shape."
+        f"{told}, and the ONNX file takes no others, for the network can't be exported for all: give "
+        "all examples one shape."
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from vbdcompress.checkpoints import START_ANEW
 from vbdcompress.errors import FitError
+from vbdcompress.evaluation import name_of
 from vbdcompress.files import write_text
 from vbdcompress.inputs import tensors_of
 from vbdcompress.records import CurvePoint, Selection, Size
@@ -72,5 +73,4 @@ def describe_judgement(metric: Callable[..., Any], target: Any) -> dict[str, str
     digest = hashlib.sha256()
     for tensor in tensors_of(target):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    name = getattr(metric, "__qualname__", type(metric).__qualname__)
-    return {"metric": f"{metric.__module__}.{name}", "targets": digest.hexdigest()[:16]}
+    return {"metric": f"{metric.__module__}.{name_of(metric)}", "targets": digest.hexdigest()[:16]}

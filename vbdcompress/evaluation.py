@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ def one_head(output: Any) -> Tensor:
 def top1_error(output: Tensor, target: Tensor) -> Tensor:
     """[batch], 1 where the most likely class is not the target, else 0."""
     return (output.argmax(1) != target).float()
+
+
+def name_of(judge: Callable[..., Any]) -> str:
+    """What a loss or metric is called; of a partial, with the plain values that it was given."""
+    if isinstance(judge, partial):
+        given = [*judge.args, *(f"{key}={value!r}" for key, value in sorted(judge.keywords.items()))]
+        plain = (str(each) for each in given if isinstance(each, int | float | str))
+        return f"{name_of(judge.func)}({', '.join(plain)})"
+    return str(getattr(judge, "__qualname__", type(judge).__qualname__))
 
 
 @dataclass(frozen=True)

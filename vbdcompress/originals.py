@@ -70,42 +70,55 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class _Noting(TorchFunctionMode):
-    """Notes the names of tensors that are computed with, where they are known by their id."""
+    """Notes the names of tensors, or of views of them, that are computed with.
+
+    Args:
+        names: of the tensors by where they lie in memory.
+        found: what is noted.
+    """
 
     def __init__(self, names: dict[int, str], found: set[str]) -> None:
         super().__init__()
         self.names, self.found = names, found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        used = (self.names.get(id(item)) for item in tree_leaves((args, kwargs)))
-        self.found.update(name for name in used if name is not None)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # not where a dtype is asked for
+            given = (_place_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.found.update(self.names[place] for place in given if place in self.names)
+        return result
+
+
+def _place_of(tensor: Tensor) -> int:
+    """Where it lies in memory, the same for a view of it; 0 where that can't be said."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
 @contextmanager
-def _used_of(model: nn.Module | None, copied: nn.Module) -> Iterator[set[str]]:
+def _used_of(model: nn.Module | None) -> Iterator[set[str]]:
     """Inside, gathers the layers of a network that are called, or whose tensors are computed with.
 
     Args:
-        model: None: there is none, and nothing to gather.
-        copied: a copy of it, whose own parts do not count.
+        model: in eval mode meanwhile; None: there is none, and nothing to gather.
     """
-    own = {id(item) for item in (*copied.modules(), *copied.parameters(), *copied.buffers())}
-    layers = [] if model is None else list(model.named_modules())
+    found = set[str]()
+    if model is None:
+        yield found
+        return
+    layers = list(model.named_modules())
     names = {
-        id(tensor): name or own_name
+        _place_of(tensor): name or own_name
         for name, module in layers
         for own_name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and id(tensor) not in own
+        if tensor is not None
     }
-    found = set[str]()
+    names.pop(0, None)
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: found.add(name or "the network"))
         for name, module in layers
-        if id(module) not in own
     ]
     try:
-        with _Noting(names, found):
+        with in_eval_mode(model), _Noting(names, found):
             yield found
     finally:
         for hook in hooks:
@@ -129,7 +142,7 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
         for name, module in model.named_modules()
     ]
     try:
-        with in_eval_mode(model), _used_of(of, model) as foreign:
+        with in_eval_mode(model), _used_of(of) as foreign:
             call(model, to_device(example, device_of(model)))
     except TRACE_ERRORS as error:
         if not foreign:

@@ -154,12 +154,12 @@ def _run_stages(
     if not sources.input.shape:
         sources = replace(sources, input=replace(sources.input, shape=example_shape(samples)))
     check_model(original, first(samples, 2), of=model)
-    check_run(original, samples, target, sources, config, judge)
+    found = other_shapes(sources, samples, config.seed)
+    check_run(original, samples, target, sources, config, judge, found)
     if fabric.is_global_zero:
         _claim(workplace, original, samples, sources, config, judge)
     wait_for_all(fabric)
     scratch = Scratch()
-    found = other_shapes(sources, samples, config.seed)
     path, name = scratch.folder / ORIGINAL_FILE, sources.input.name
     before, others = _original_size(original, path, samples, found, name)
     sizes = FileSize(config, original, before.bytes, samples, sources, others)
@@ -185,7 +185,7 @@ def _run_stages(
         warnings=[
             *warnings_of(sources),
             *warn_of_shapes(samples, found, others),
-            *warn_of_frozen(original, [stage.record for stage in done]),
+            *warn_of_frozen(original, current),
             *(warn_of_one_class(original, current, samples) if judge.metric is top1_error else ()),
             *run.excess(current, rounding, errors),
             *(told for n, stage in enumerate(done) for told in warn_of_undecided(stage.record, config, n)),

@@ -13,26 +13,36 @@ from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import Judge, cross_entropy, device_of, to_device, top1_error
 from vbdcompress.exporting.onnx_file import TOLERANCE
 from vbdcompress.exporting.preprocessing import check_pixels
-from vbdcompress.inputs import Inputs, batch_size, call, example_shape, first, in_eval_mode
+from vbdcompress.inputs import Inputs, batch_size, call, example_shape, first, in_eval_mode, shapes_of
 from vbdcompress.judging import check_classes, check_labels, check_logits, try_loss, try_metric
 from vbdcompress.originals import check_storable
 from vbdcompress.sources import Sources
 
 
 def check_run(
-    model: nn.Module, samples: Inputs, target: Any, sources: Sources, config: RunConfig, judge: Judge
+    model: nn.Module,
+    samples: Inputs,
+    target: Any,
+    sources: Sources,
+    config: RunConfig,
+    judge: Judge,
+    others: Sequence[Inputs] = (),
 ) -> None:
     """Raise what would end the run after its fit, or make its figures wrong.
 
     Args:
         samples, target: of the first training batch.
+        others: inputs of other shapes that the first batches hold.
     """
     outputs = _check_network(model, samples)
     _check_batch_first(model, samples, outputs)
-    shape, found = tuple(sources.input.shape), example_shape(samples)
-    if shape != found:
+    shape, found = tuple(sources.input.shape), [example_shape(each) for each in (samples, *others)]
+    if shape not in found:
+        shapes = ", ".join(str(list(each)) for each in found)
         raise ConfigError(
-            "input", f"InputSpec says examples of shape {list(shape)}, the loader's are {list(found)}."
+            "input",
+            f"InputSpec says examples of shape {list(shape)}, the loader's are {shapes}.",
+            "An empty shape takes the loader's: InputSpec((), mean, std)",
         )
     told = sources.input.mean and sources.input.std
     if config.embed_preprocessing and not (told and isinstance(samples, torch.Tensor)):
@@ -82,10 +92,13 @@ def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
 
 
 def _check_batch_first(model: nn.Module, samples: Inputs, outputs: Sequence[torch.Tensor]) -> None:
-    """Raise ConvertError where the first dimension of the inputs decides nothing of the outputs' size."""
+    """Raise ConvertError where it is another dimension of the inputs that the outputs' size follows."""
     given, few = batch_size(samples), first(samples, 2)
     sizes = [len(output) for output in outputs if output.dim()]
-    if sizes and given > 2 and sizes == [len(output) for output in outputs_of(model, few) if output.dim()]:
+    others = {size for shape in shapes_of(samples) for size in shape[1:]}
+    if not sizes or given <= 2 or not set(sizes) <= others:
+        return
+    if sizes == [len(output) for output in outputs_of(model, few) if output.dim()]:
         raise ConvertError(
             "convert",
             f"the network's outputs have {', '.join(map(str, sizes))} in their first dimension, whether its "

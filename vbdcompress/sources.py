@@ -70,8 +70,8 @@ def other_shapes(sources: Sources, samples: Inputs, seed: int) -> list[Inputs]:
         seed: of the order in which loaders that shuffle draw them.
     """
     known, found = [[size[1:] for size in shapes_of(samples)]], list[Inputs]()
-    for batches in (sources.train, sources.validation):
-        if isinstance(batches, TensorBatches):
+    for batches in (sources.train, sources.validation, sources.test):
+        if batches is None or isinstance(batches, TensorBatches):
             continue
         with drawn_from(seed):
             for inputs, _ in islice(batches, LOOKED_AT):

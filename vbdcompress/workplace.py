@@ -17,6 +17,7 @@ from vbdcompress.choices import ChoiceFile
 from vbdcompress.compare import flatten_output
 from vbdcompress.config import MACHINE, RunConfig
 from vbdcompress.errors import FitError
+from vbdcompress.evaluation import name_of
 from vbdcompress.files import write_text
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode, map_tensors
 from vbdcompress.surgery.groups import TRACE_ERRORS
@@ -64,16 +65,12 @@ def identify_run(
     return {
         "network": digest.hexdigest()[:16],
         "data": [*data, list(example_shape(samples))],
-        "loss": _name_of(loss),
-        "metric": _name_of(metric),
+        "loss": None if loss is None else name_of(loss),
+        "metric": None if metric is None else name_of(metric),
         "digests": list(digests),
         OUTPUTS: _outputs_of(model, samples),
         **options,
     }
-
-
-def _name_of(judge: Callable[..., Any] | None) -> str | None:
-    return None if judge is None else getattr(judge, "__qualname__", type(judge).__qualname__)
 
 
 def _outputs_of(model: nn.Module, samples: Inputs) -> list[float | None] | None:

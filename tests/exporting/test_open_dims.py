@@ -98,6 +98,12 @@ def test_a_network_for_one_size_is_not_written_for_others(tmp_path: Path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("other", [torch.rand(3, 4), (torch.rand(3, 2, 4), torch.rand(3))])
+def test_inputs_that_are_not_alike_are_refused(other: Inputs, tmp_path: Path):
+    with pytest.raises(ExportError, match="allowed are as many, of as many dimensions"):
+        export_onnx(nn.Linear(4, 2).eval(), tmp_path / "model.onnx", torch.rand(3, 2, 4), others=[other])
+
+
 def test_open_dims_and_are_alike():
     shown = [(torch.rand(2, 3, 4), torch.rand(2)), (torch.rand(5, 3, 6), torch.rand(5))]
     assert open_dims(shown) == [[2], []]

@@ -56,7 +56,7 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
         ExportError: the exporter or the checker refuses the network.
     """
     sizes = open_dims(shown)
-    samples = next((each for each in shown if _tells_nothing(each, sizes)), shown[0])
+    samples = next((each for each in shown if _can_be_traced(each, sizes)), shown[0])
     two = resize(samples, TRACED)
     tensors = tensors_of(two)
     names = names_of(samples, input_name)
@@ -91,7 +91,7 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
     return proto
 
 
-def _tells_nothing(inputs: Inputs, sizes: Sequence[Sequence[int]]) -> bool:
+def _can_be_traced(inputs: Inputs, sizes: Sequence[Sequence[int]]) -> bool:
     """Whether the open dimensions are sizes that torch does not take for constants, as it does 0 and 1."""
     return all(
         tensor.shape[dim] >= TRACED

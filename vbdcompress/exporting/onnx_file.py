@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vbdcompress.exporting.packing import FOLDED, Storage, pack_, rebuilding_gra
 from vbdcompress.files import replacing
 from vbdcompress.inputs import (
     Inputs,
+    are_alike,
     call,
     in_eval_mode,
     map_tensors,
@@ -74,12 +76,17 @@ def export_onnx(
     # ONNX has no operators for what computes some of them
     store_weights_(plain)
     shown = [map_tensors(each, lambda tensor: tensor.detach().cpu()) for each in (samples, *others)]
+    if not are_alike(shown):
+        told = ", ".join(str(shapes_of(each)) for each in shown)
+        raise ExportError(
+            "export", f"inputs have shapes {told}; allowed are as many, of as many dimensions, in all."
+        )
     with replacing(path) as partial:
         proto = to_onnx(plain, shown, input_name)
         onnx.helper.set_model_props(proto, {str(key): str(value) for key, value in storage.metadata.items()})
         packed = _pack_and_check_(proto, storage.rounded) if storage.pack else ()
         onnx.save(proto, partial)
-        difference = max(compare_with_torch(plain, partial, each, batch_sizes) for each in shown)
+        difference = compare_with_torch(plain, partial, shown, batch_sizes)
         if not difference <= tolerance:
             raise ExportError(
                 f"export to '{path.name}'",
@@ -164,12 +171,16 @@ def _runs(session: onnxruntime.InferenceSession, inputs: Inputs) -> bool:
 
 
 def compare_with_torch(
-    model: nn.Module, path: Path, samples: Inputs, batch_sizes: Sequence[int] = BATCH_SIZES
+    model: nn.Module, path: Path, shown: Sequence[Inputs], batch_sizes: Sequence[int] = BATCH_SIZES
 ) -> float:
-    """Largest difference of onnxruntime from torch over the batch sizes, relative to the largest output."""
+    """Largest difference of onnxruntime from torch, relative to the largest output of a batch.
+
+    Args:
+        shown: inputs, one after the other, each in all batch sizes.
+    """
     session = open_session(path)
     worst = 0.0
-    for size in batch_sizes:
+    for samples, size in product(shown, batch_sizes):
         batch = resize(samples, size)
         with in_eval_mode(model), torch.no_grad():
             expected = flatten_output(call(model, batch))
