@@ -128,6 +128,24 @@ def test_a_network_that_is_refused_keeps_its_statistics():
     assert model.norm.training
 
 
+class Mapped(Functional):
+    """Over single examples, by torch.func, with a matrix that is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mixing", torch.eye(8).to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = torch.func.jacrev(lambda z: z.sin().sum())(x)
+        mixed = torch.sparse.mm(self.mixing, (x + slopes).T).T
+        return torch.vmap(lambda row: self.last(torch.relu(self.first(row))))(mixed)
+
+
+def test_tensors_without_a_storage_of_their_own_are_no_hindrance():
+    model, x = Mapped(), torch.rand(5, 8)
+    torch.testing.assert_close(convert(model, x[:2], "weights").undo()(x), model(x))
+
+
 def test_functions_that_a_copy_takes_along_are_no_hindrance():
     """A method that is bound to the network, one in a partial, a closure over nothing or a type of it."""
     factor = 2.0

@@ -138,7 +138,10 @@ def test_one_output_for_all_inputs_is_no_matter_of_the_batch(tmp_path: Path):
             return self.head(self.body(x).mean(0, keepdim=True))
 
     bags = [(torch.rand(9, 6), torch.tensor([n % 2])) for n in range(4)]
-    compress(Bag(), bags, validation=bags, test=bags, epochs=1).export(tmp_path)
+    result = compress(Bag(), bags, validation=bags, test=bags, epochs=1)
+    result.export(tmp_path)
+    bag = torch.rand(20, 6)  # the file takes a bag of any size
+    torch.testing.assert_close(serve(tmp_path, bag), result.model(bag).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_an_input_spec_of_another_shape_is_refused():

@@ -91,7 +91,10 @@ class _Noting(TorchFunctionMode):
 
 def _place_of(tensor: Tensor) -> int:
     """Where it lies in memory, the same for a view of it; 0 where that can't be said."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse ones, and what torch.func wraps, have none of their own
+        return 0
 
 
 @contextmanager

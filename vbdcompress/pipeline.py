@@ -133,7 +133,7 @@ def run_stages(
     fabric = start_fabric(config)
     sources = replace(sources, input=replace(sources.input, embedded=config.embed_preprocessing))
     # The order that a user's loader draws outside the fit is the run's own too, and ends with it
-    with with_gradients(), drawn_from(config.seed):
+    with drawn_from(config.seed):
         seed_generators(sources.train, config.seed)
         return _run_stages(fabric, model, sources, config, origin, judge, workplace)
 
