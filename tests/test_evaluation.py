@@ -163,3 +163,5 @@ def test_a_judge_is_called_by_its_function_and_what_a_partial_gives_it():
     assert name_of(F.cross_entropy) == "cross_entropy"
     assert name_of(top_two) == "cross_entropy(label_smoothing=0.1, reduction='none')"
     assert name_of(nn.MSELoss()) == "MSELoss"
+    # what an object is called says where it lies, in this process alone
+    assert name_of(functools.partial(F.cross_entropy, 3, weight=object())) == "cross_entropy(3)"

@@ -51,8 +51,9 @@ def top1_error(output: Tensor, target: Tensor) -> Tensor:
 def name_of(judge: Callable[..., Any]) -> str:
     """What a loss or metric is called; of a partial, with the plain values that it was given."""
     if isinstance(judge, partial):
-        given = [*judge.args, *(f"{key}={value!r}" for key, value in sorted(judge.keywords.items()))]
-        plain = (str(each) for each in given if isinstance(each, int | float | str))
+        given = [("", each) for each in judge.args]
+        given += [(f"{key}=", value) for key, value in sorted(judge.keywords.items())]
+        plain = [f"{key}{value!r}" for key, value in given if isinstance(value, int | float | str)]
         return f"{name_of(judge.func)}({', '.join(plain)})"
     return str(getattr(judge, "__qualname__", type(judge).__qualname__))
 

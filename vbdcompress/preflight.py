@@ -48,7 +48,7 @@ def check_run(
     if config.embed_preprocessing and not (told and isinstance(samples, torch.Tensor)):
         raise ConfigError(
             "embed_preprocessing",
-            "nobody says of what shape the inputs are, and by which mean and std they are normalised.",
+            "the inputs are several, or nobody says by which mean and std they are normalised.",
             "input=InputSpec(shape, mean, std)",
         )
     if config.embed_preprocessing:
