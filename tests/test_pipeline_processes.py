@@ -1,8 +1,9 @@
-"""compress and fit in two processes: both cut where the main one does, and neither repeats the other."""
+"""Two processes: both cut where the main one does, neither repeats the other, and one alone downloads."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -116,16 +117,47 @@ fit(nn.Linear(1, 1), loader, FitConfig(epochs=1, device="cpu", devices=2), loss=
 sys.stdout.write("DONE " + " ".join(map(repr, seen)) + "\\n")
 """
 
+# A set that can't be downloaded twice at once
+READING = """
+import sys
+import time
+from pathlib import Path
 
-def run_in_two(tmp_path: Path, text: str, *arguments: str) -> list[list[str]]:
-    """What each of two processes printed behind DONE."""
+import numpy
+import torchvision.datasets
+
+from vbdcompress.cli import main
+
+
+class Downloaded:
+    data, targets = numpy.zeros([40, 28, 28], numpy.uint8), numpy.arange(40) % 10
+
+    def __init__(self, root, train, download):
+        file = Path(root) / f"train={train}"
+        if not file.exists():
+            with file.open("x") as opened:
+                time.sleep(1)
+                opened.write("whole")
+        if file.read_text() != "whole":
+            raise RuntimeError("half of it is there")
+
+
+torchvision.datasets.MNIST = Downloaded
+arguments = "train lenet_300_100 --data mnist --data-root . --epochs 1 --device cpu --out trained.pt"
+main(arguments.split())
+sys.stdout.write("DONE\\n")
+"""
+
+
+def run_in_two(tmp_path: Path, text: str, *arguments: str, launch: Sequence[str] = ()) -> list[list[str]]:
+    """What each of two processes printed behind DONE; `launch` starts both, else the script does."""
     script = tmp_path / "script.py"
     script.write_text(text, encoding="utf-8")
     ours = str(Path(vbdcompress.__file__).parents[1])
     outside = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in outside}
     environment |= {"PYTHONPATH": ours, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), *arguments]
+    command = [sys.executable, *launch, str(script), *arguments]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, timeout=SECONDS, capture_output=True, text=True, check=False
     )
@@ -147,3 +179,10 @@ def test_processes_do_not_repeat_each_other_s_augmentation(tmp_path: Path) -> No
     first, other = run_in_two(tmp_path, WORKERS)
     assert len(first) == len(other) == 6
     assert not set(first) & set(other)
+
+
+@pytest.mark.timeout(SECONDS + 30)
+def test_one_process_of_those_that_torchrun_starts_downloads(tmp_path: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run_in_two(tmp_path, READING, launch=launch)
+    assert (tmp_path / "trained.pt").exists()

@@ -162,14 +162,14 @@ def test_a_network_that_takes_time_first_is_refused():
 def test_compress_keeps_gradients_where_the_caller_has_none(
     mode: str, without: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    batches = [(torch.randint(1, 20, (6, 9)), torch.arange(6) % 2) for _ in range(3)]
     loader = TensorBatches(torch.randint(1, 20, (24, 9)), torch.arange(24) % 2, 6)
     with without():
         model = Tokens()
+        batches = [(torch.randint(1, 20, (6, 9)), torch.arange(6) % 2) for _ in range(3)]
         split = compress(model, loader, test=batches, mode=mode, epochs=1)  # by indexing, which makes tensors
         result = compress(model, batches, validation=batches, test=batches, mode=mode, epochs=2)
         assert torch.is_grad_enabled() is False
     assert len(split.report["stages"][0]["epochs"]) == 1
-    assert result.model(batches[0][0]).requires_grad
+    assert result.model(batches[0][0].clone()).requires_grad
     first, last = (result.report["stages"][0]["epochs"][place]["nll"] for place in (0, -1))
     assert last != first

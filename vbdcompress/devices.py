@@ -29,8 +29,7 @@ def start_fabric(config: FitConfig) -> Fabric:
         FitError: the world is not the one asked for; silently training N separate networks, or
             one on a single process, is worse than stopping.
     """
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if under_torchrun else None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _under_torchrun() else None
     nodes = int(os.environ["WORLD_SIZE"]) // local if local else 1
     devices = config.devices or local or 1
     if local is not None and devices != local:
@@ -108,6 +107,25 @@ def named_loss_of_a_process(fabric: Fabric) -> Iterator[None]:
             "Its own message says why; without one it was killed, perhaps for want of memory. From a "
             "checkpoint, where one is kept, --resume goes on, with any number of processes.",
         ) from error
+
+
+@contextmanager
+def first_on_machine_first(config: FitConfig) -> Iterator[None]:
+    """Inside, the first process of each machine is alone until it is through; then come the others.
+
+    Under torchrun all are there when data are read, and would download them at once. Those that
+    `devices=N` starts begin after the first has read them.
+    """
+    if not _under_torchrun():
+        yield
+        return
+    fabric = start_fabric(config)
+    with named_loss_of_a_process(fabric), fabric.rank_zero_first(local=True):
+        yield
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def wait_for_all(fabric: Fabric) -> None:

@@ -71,7 +71,7 @@ class Judge:
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Tensors in a batch (bare, or in tuples, lists and dicts) on the device.
+    """Tensors in a batch (bare, or in tuples, lists and dicts) on the device, as gradients can be taken by.
 
     Args:
         dtype: of floating point tensors; None leaves them as they are.
@@ -80,6 +80,8 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None
 
     def move(tensor: Tensor) -> Tensor:
         kind = dtype if tensor.is_floating_point() else None
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            tensor = tensor.clone()  # what was made under inference_mode can't be kept for backward
         return tensor.to(device, kind, non_blocking=not waits)
 
     return map_tensors(value, move)

@@ -199,7 +199,7 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
     from rich.console import Console
     from rich.text import Text
 
-    from vbdcompress.devices import start_fabric
+    from vbdcompress.devices import first_on_machine_first, start_fabric
     from vbdcompress.evaluation import Judge
     from vbdcompress.pipeline import run_stages
     from vbdcompress.progress import FitProgress
@@ -210,7 +210,8 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
 
     _check_folder(out, ways.resume, ways.overwrite)
     loaded = reading.network(file)
-    data = reading.dataset(loaded, config)
+    with first_on_machine_first(config):
+        data = reading.dataset(loaded, config)
     main = start_fabric(config).is_global_zero
     if main:
         if not ways.resume and (out / STATE).is_dir():

@@ -130,14 +130,15 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
     from rich.text import Text
 
     from vbdcompress.data import load_data
-    from vbdcompress.devices import start_fabric, wait_for_all
+    from vbdcompress.devices import first_on_machine_first, start_fabric, wait_for_all
     from vbdcompress.fitting import fit
     from vbdcompress.progress import FitProgress
     from vbdcompress.workplace import TRAINING, Workplace
 
-    dataset = load_data(
-        order.data, validation_fraction=config.validation_fraction, validation_seed=config.seed, **reading
-    )
+    with first_on_machine_first(config):
+        dataset = load_data(
+            order.data, validation_fraction=config.validation_fraction, validation_seed=config.seed, **reading
+        )
     model = _build(order, dataset, config.seed)
     fabric = start_fabric(config)
     workplace = Workplace(_state_of(order.out), order.resume)
