@@ -169,21 +169,22 @@ def test_export_onnx_says_what_fixes_the_batch_size(tmp_path):
 
 
 class OfOutputs(nn.Module):
-    """Takes an input that is called as the file's output is: another network's."""
+    """Takes inputs that are called as the file's output is, and as a value of the exporter's."""
 
     def __init__(self):
         super().__init__()
         self.head = nn.Linear(4, 3)
 
-    def forward(self, output, output_1):
-        return self.head(output * output_1)
+    def forward(self, output, output_1, linear):
+        return self.head(output * output_1) + self.head(linear)
 
 
-def test_export_onnx_keeps_inputs_called_output(tmp_path):
-    model, samples = OfOutputs().eval(), {name: torch.randn(5, 4) for name in ("output", "output_1")}
+def test_export_onnx_keeps_the_names_of_inputs(tmp_path):
+    names = ["output", "output_1", "linear"]
+    model, samples = OfOutputs().eval(), {name: torch.randn(5, 4) for name in names}
     export_onnx(model, tmp_path / "model.onnx", samples)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [item.name for item in session.get_inputs()] == ["output", "output_1"]
+    assert [item.name for item in session.get_inputs()] == names
     assert [item.name for item in session.get_outputs()] == ["output_2"]
     found = session.run(None, {name: tensor.numpy() for name, tensor in samples.items()})[0]
     with torch.no_grad():

@@ -72,7 +72,7 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
                 model if bare else _OfTensors(model, samples),
                 tuple(tensors),
                 dynamo=True,
-                input_names=names,
+                input_names=[f"given.{place}" for place in range(len(names))],
                 output_names=[next(free)],
                 dynamic_shapes=shapes if bare else (shapes,),
                 external_data=False,
@@ -81,6 +81,7 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
             )
         proto: onnx.ModelProto = program.model_proto
         _strip_metadata(proto)
+        _name_inputs(proto, names)
         _name_sizes(proto)
         # older runtimes refuse a newer number, whatever stands in the file
         proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
@@ -98,6 +99,36 @@ def _can_be_traced(inputs: Inputs, sizes: Sequence[Sequence[int]]) -> bool:
         for tensor, dims in zip(tensors_of(inputs), sizes, strict=True)
         for dim in dims
     )
+
+
+def _name_inputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Call the inputs so. A value of the graph that has such a name ("linear") gets another."""
+    graphs = _graphs_of(proto)
+    nodes = [node for graph in graphs for node in graph.node]
+    taken = {name for node in nodes for name in node.output} | {
+        item.name for graph in graphs for item in graph.initializer
+    }
+    new = dict(zip((item.name for item in proto.graph.input), names, strict=True))
+    for name in taken & set(names):
+        new[name] = next(
+            free for free in map(f"{name}_{{}}".format, count(1)) if free not in taken and free not in names
+        )
+        taken.add(new[name])
+    for node in nodes:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+    for graph in graphs:
+        for item in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+            item.name = new.get(item.name, item.name)
+
+
+def _graphs_of(proto: onnx.ModelProto) -> list[onnx.GraphProto]:
+    """The graph, and those inside its conditions and loops."""
+    found = [proto.graph]
+    for graph in found:  # it grows meanwhile
+        parts = [part for node in graph.node for part in node.attribute]
+        found += [part.g for part in parts if part.HasField("g")]
+    return found
 
 
 def _name_sizes(proto: onnx.ModelProto) -> None:
@@ -134,17 +165,12 @@ class _OfTensors(nn.Module):
 
 def _strip_metadata(proto: onnx.ModelProto) -> None:
     """The exporter notes stack traces with the machine's paths on every node and value."""
-    graphs = [proto.graph]
-    while graphs:
-        graph = graphs.pop()
+    for graph in _graphs_of(proto):
         for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
             item.ClearField("metadata_props")
             item.ClearField("doc_string")
         graph.ClearField("metadata_props")
         graph.ClearField("doc_string")
-        graphs += [
-            attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")
-        ]
     for function in proto.functions:
         function.ClearField("metadata_props")
         function.ClearField("doc_string")
