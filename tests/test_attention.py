@@ -12,11 +12,12 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from vbdcompress import compress
-from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention_
+from vbdcompress.attention import HeadAttention, HeadWindowAttention
 from vbdcompress.conversion import convert
 from vbdcompress.errors import ConvertError
 from vbdcompress.exporting.onnx_file import TOLERANCE, export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
+from vbdcompress.opening import open_layers_
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
@@ -43,7 +44,7 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
 def test_head_attention_equals_torchs(options: dict[str, Any], masked: bool, need_weights: bool) -> None:
     original = randomised(nn.MultiheadAttention(16, 4, **options))
     opened = nn.Sequential(original)
-    open_attention_(opened)
+    open_layers_(opened)
     assert isinstance(opened[0], HeadAttention)
     for told in ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "batch_first"):
         assert getattr(opened[0], told) == getattr(original, told)
@@ -99,7 +100,7 @@ def test_head_window_attention_equals_torchvisions(
     opened = nn.Sequential(original)
     x = torch.randn(2, *size, 12, dtype=torch.float64)
     expected = original(x)
-    open_attention_(opened)
+    open_layers_(opened)
     assert isinstance(opened[0], HeadWindowAttention)
     assert_equal(opened[0](x), expected)
     assert list(opened[0].state_dict()) == list(original.state_dict())
@@ -140,7 +141,7 @@ def test_attention_with_extras_is_left() -> None:
     model = nn.Sequential(
         nn.MultiheadAttention(8, 2, add_bias_kv=True), nn.MultiheadAttention(8, 2, add_zero_attn=True)
     )
-    open_attention_(model)
+    open_layers_(model)
     assert all(type(module) is nn.MultiheadAttention for module in model)
 
 
@@ -149,7 +150,7 @@ def test_attention_under_two_names_stays_one() -> None:
     for parameter in one.parameters():
         parameter.requires_grad_(False)
     model = nn.ModuleList([one, one])
-    open_attention_(model)
+    open_layers_(model)
     assert isinstance(model[0], HeadAttention)
     assert model[0] is model[1]
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -6,7 +6,7 @@ output are Linear layers that are called, and a head's size stays when other hea
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -214,31 +214,6 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, -math.inf)
 
 
-Opened = HeadAttention | HeadWindowAttention
-
-
-def open_attention_(model: nn.Module, names: Collection[str] | None = None) -> None:
-    """Replace the attention that is known by its opened form, in place: the same function.
-
-    Args:
-        names: of the modules, "" for the network itself; None takes all. One that is opened already stays.
-    """
-    replaced: dict[int, nn.Module | None] = {}  # one module may stand under several names
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if names is None or name in names:
-            if id(module) not in replaced:
-                replaced[id(module)] = _open(module)
-            opened = replaced[id(module)]
-            if opened is not None and name:
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, opened)
-            elif opened is not None:  # who holds the network holds the opened one
-                model.__class__, model.__dict__ = type(opened), vars(opened)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # its shortcut reads the weights past the layers
-
-
 # By name: torchvision's models need not be imported for networks without them
 _WINDOWS = (
     "torchvision.models.swin_transformer.ShiftedWindowAttention",
@@ -246,7 +221,8 @@ _WINDOWS = (
 )
 
 
-def _open(module: nn.Module) -> nn.Module | None:
+def open_attention(module: nn.Module) -> HeadAttention | HeadWindowAttention | None:
+    """Attention that is known, opened: the same function; None for other modules."""
     known = f"{type(module).__module__}.{type(module).__name__}"
     if isinstance(module, nn.MultiheadAttention) and type(module) is nn.MultiheadAttention:
         plain = module.bias_k is None and not module.add_zero_attn

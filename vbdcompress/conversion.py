@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from vbdcompress.attention import open_attention_
 from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import with_gradients
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
+from vbdcompress.opening import open_layers_
 from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
@@ -23,6 +23,7 @@ from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
 from vbdcompress.surgery.verify import find_groups
 from vbdcompress.surgery.walk import check_skip, matches_skip, shared_parameters
+from vbdcompress.surgery.weights import Reader, reading_weights
 from vbdcompress.vbd.gates import InputGate, detach_gate_
 from vbdcompress.vbd.layers import VBD_LAYERS, WeightPosterior, attach_posterior_, detach_posterior_
 from vbdcompress.vbd.posterior import set_threshold_
@@ -55,8 +56,8 @@ class Converted:
     def undo(self) -> nn.Module:
         """A plain network again, a copy: the original where nothing was trained since.
 
-        Exact, but for attention: that stays opened, the same function to rounding. Weights that
-        parametrizations computed stay stored.
+        Exact, but for attention and stacked recurrent layers: those stay opened, the same function to
+        rounding. Weights that parametrizations computed stay stored.
         """
         return self.plain(float("inf"))
 
@@ -125,13 +126,13 @@ def convert(
     store_weights_(converted, stored)
     example = map_tensors(example, lambda tensor: tensor.detach().cpu())
     names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
-    # attention that is not called is read past its call, and has nothing to open
+    # what is not called is read past its call, and has nothing to open
     opens = [name for name in names if name in called and not _is_skipped_in_part(name, skip)]
-    open_attention_(converted, opens)
+    open_layers_(converted, opens)
     called |= {name for name, _ in converted.named_modules()} - set(names)
     scan = find_groups(converted, example, features=prune_inputs)
     blind = without_gradient(converted, example)
-    scan = replace(scan, groups=tuple(_leave_skipped(scan.groups, skip, blind)))
+    scan = replace(scan, groups=tuple(_leave_skipped(converted, scan.groups, skip, blind)))
     start = LOG_SIGMA2[mode] if log_sigma2 is None else log_sigma2
     if mode == "weights":
         plain = called - scan.read_elsewhere
@@ -225,14 +226,21 @@ def _why_left(
     return None
 
 
+def _is_blind(model: nn.Module, layer: str, blind: set[str]) -> bool:
+    """Whether no gradient reaches a weight that reads the layer's input."""
+    module = model.get_submodule(layer)
+    assert isinstance(module, Reader)
+    return any(f"{layer}.{own}" in blind for own in reading_weights(module))
+
+
 def _leave_skipped(
-    groups: Sequence[ChannelGroup], skip: Sequence[str], blind: set[str]
+    model: nn.Module, groups: Sequence[ChannelGroup], skip: Sequence[str], blind: set[str]
 ) -> Iterator[ChannelGroup]:
     """Leave whole what touches a layer to skip, or is read by a layer whose weight no gradient reaches."""
     for group in groups:
         members = (*group.writers, *group.readers, *group.between)
         touched = [member.layer for member in members if matches_skip(member.layer, skip)]
-        untold = [member.layer for member in group.readers if f"{member.layer}.weight" in blind]
+        untold = [member.layer for member in group.readers if _is_blind(model, member.layer, blind)]
         if group.whole_because is not None:
             yield group
         elif touched:

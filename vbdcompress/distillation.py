@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from vbdcompress.attention import open_attention_
 from vbdcompress.compilation import compile_
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.evaluation import Loss, one_head
 from vbdcompress.inputs import Inputs, in_eval_mode
 from vbdcompress.layout import lay_out_fast_
+from vbdcompress.opening import open_layers_
 
 AT_ONCE = 1000
 
@@ -74,12 +74,12 @@ def teach(
 
     Args:
         shown: some inputs, to find out which order in memory its code takes; None leaves it as it is.
-        opened: names of the attention that the network calls by its layers: so does the teacher.
+        opened: names of the attention and the like that the network calls by its layers: so does the teacher.
     """
     if teacher is None or config.distill_share == 0:
         return loss, batches, None
     teacher = copy.deepcopy(teacher).to(fabric.device).eval()
-    open_attention_(teacher, opened)
+    open_layers_(teacher, opened)
     if shown is not None:
         lay_out_fast_(teacher, shown)
     distilled = DistillationLoss(loss, config.distill_share, config.temperature)

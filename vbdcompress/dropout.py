@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from vbdcompress.attention import Opened
+from vbdcompress.opening import Opened
 
 # Modules that drop out by themselves hold their rate in one of these
 HOLDERS = (nn.MultiheadAttention, nn.RNNBase, Opened)

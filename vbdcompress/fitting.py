@@ -11,7 +11,6 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vbdcompress.attention import Opened
 from vbdcompress.checkpoints import FitCheckpoint, FitState
 from vbdcompress.compare import forget_graph_
 from vbdcompress.compilation import compile_, compiled_code
@@ -34,6 +33,7 @@ from vbdcompress.evaluation import (
 )
 from vbdcompress.inputs import Inputs
 from vbdcompress.layout import has_layout, lay_out_, lay_out_fast_
+from vbdcompress.opening import Opened
 from vbdcompress.optimization import make_optimizer
 from vbdcompress.records import EpochRow
 from vbdcompress.training import EpochRunner, Listener

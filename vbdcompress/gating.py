@@ -13,9 +13,17 @@ from vbdcompress.evaluation import device_of
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs
 from vbdcompress.records import LayerRow
+from vbdcompress.recurrent import Recurrent
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
-from vbdcompress.surgery.weights import Mixing, Table, keeps_groups_apart, scale_inputs_
-from vbdcompress.vbd.gates import ChannelGate, InputGate, attach_gate_
+from vbdcompress.surgery.weights import (
+    Reader,
+    Table,
+    input_dim,
+    keeps_groups_apart,
+    layer_widths,
+    scale_inputs_,
+)
+from vbdcompress.vbd.gates import ChannelGate, InputGate, RecurrentGate, attach_gate_
 
 _SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
     "none": (),
@@ -94,7 +102,7 @@ def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupSc
         return "follows its group"
     if isinstance(module, Table):
         return "reads no channels; its columns follow their group"
-    if isinstance(module, nn.Linear | _ConvNd):
+    if isinstance(module, nn.Linear | _ConvNd | Recurrent):
         return "reads the input, or what no prunable layer writes"
     return "not a layer with separable input channels"
 
@@ -103,8 +111,7 @@ def _input_gate(
     name: str, module: nn.Module, groups: Sequence[ChannelGroup], gates: dict[str, ChannelGate]
 ) -> InputGate:
     """The gate in front of the layer, built from all the groups that it reads."""
-    width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-    assert isinstance(width, int)
+    width, _ = layer_widths(module)
     ungated = sum(group.size for group in groups)
     factors: list[Tensor] = []
     offset = 0
@@ -118,13 +125,13 @@ def _input_gate(
                 factors[-1] = torch.where(here >= 0, here + offset, factors[-1])
         offset += group.size
     index = torch.stack(factors) if len(factors) > 1 else factors[0]
-    dim = -1 if isinstance(module, nn.Linear) else 1
     picked = module.input_index if isinstance(module, GatherLinear) else None
-    return InputGate([gates[group.name] for group in groups], index, dim, picked)
+    kind = RecurrentGate if isinstance(module, Recurrent) else InputGate
+    return kind([gates[group.name] for group in groups], index, input_dim(module), picked)
 
 
 @torch.no_grad()
 def fold_gate_(layer: nn.Module, gate: InputGate) -> None:
     """Multiply a layer's weights by the gates of the inputs that they read, in place."""
-    assert isinstance(layer, Mixing)
+    assert isinstance(layer, Reader)
     scale_inputs_(layer, gate.values(1)[0])

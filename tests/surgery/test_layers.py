@@ -122,21 +122,6 @@ def instance_norm_and_prelu() -> nn.Module:
     )
 
 
-def recurrent() -> nn.Module:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        y = m.a(x).relu().flatten(2).transpose(1, 2)
-        return m.head(m.fc(m.gru(m.lstm(y)[0])[0][:, -1]).relu())
-
-    return Pattern(
-        forward,
-        a=conv(3, 6),
-        lstm=nn.LSTM(6, 7, batch_first=True),
-        gru=nn.GRU(7, 5, batch_first=True),
-        fc=nn.Linear(5, 6),
-        head=nn.Linear(6, 4),
-    )
-
-
 # Network -> what of it can go, by the layers that write it
 CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (encoder, {"a": "LayerNorm mixes", "block.linear1": 16, "block.self_attn.q": 2}),
@@ -146,7 +131,6 @@ CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (group_norm_of_one, {"a": "GroupNorm mixes", "b": 5}),
     (group_norm_over_a_stream, {"a": 2, "b": 5}),
     (instance_norm_and_prelu, {"a": 8, "b": 6, "c": 5}),
-    (recurrent, {"a": "LSTM mixes", "fc": 6}),
 ]
 NAMES = [build.__name__ for build, _ in CASES]
 

@@ -86,14 +86,14 @@ def _measure_layers(
     model: "nn.Module", converted: "Converted", example: "Tensor"
 ) -> "tuple[tuple[LayerSize, ...], ...]":
     """The layers as they are, and as they are named where attention is to be cut, or weights are stored."""
-    from vbdcompress.attention import Opened, open_attention_
     from vbdcompress.count import layer_sizes
+    from vbdcompress.opening import Opened, open_layers_
     from vbdcompress.parametrized import store_weights_
 
     opened = copy.deepcopy(model)
     store_weights_(opened, converted.stored)
     names = [name for name, module in converted.model.named_modules() if isinstance(module, Opened)]
-    open_attention_(opened, names)
+    open_layers_(opened, names)
     return layer_sizes(model, example), layer_sizes(opened, example)
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vbdcompress.attention import Opened, open_attention_
 from vbdcompress.count import layer_sizes, uncounted_ops
 from vbdcompress.inputs import Inputs, example_shape, names_of, tensors_of
+from vbdcompress.opening import Opened, open_layers_
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.precision import Rounding
 from vbdcompress.records import (
@@ -235,14 +235,14 @@ def _error_table(errors: ErrorRecord) -> dict[str, Any]:
 
 
 def _with_layers_of(slim: nn.Module, original: nn.Module) -> nn.Module:
-    """The original with the slim network's layers: attention opened, computed weights stored."""
+    """The original with the slim network's layers: what holds others opened, computed weights stored."""
     opened = {name for name, module in slim.named_modules() if isinstance(module, Opened)}
     computed = [name for name, module in original.named_modules() if is_parametrized(module)]
     stored = [name for name in computed if not is_parametrized(slim.get_submodule(name))]
     if opened or stored:  # its layers have other names
         original = copy.deepcopy(original)
         store_weights_(original, stored)
-        open_attention_(original, opened)
+        open_layers_(original, opened)
     return original
 
 

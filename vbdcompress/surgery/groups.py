@@ -6,21 +6,20 @@ where channels meet is found by `probe`, from the derivatives of what lies betwe
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, holds_data, map_tensors
+from vbdcompress.recurrent import Recurrent
 from vbdcompress.surgery.match import Place
-from vbdcompress.surgery.probe import Recording, Role, record
+from vbdcompress.surgery.probe import Recording, record
+from vbdcompress.surgery.roles import role_of
 from vbdcompress.surgery.ties import OUTPUT, Ties
 from vbdcompress.surgery.walk import tensor_of
-from vbdcompress.surgery.weights import Index, is_mixing, keeps_groups_apart
+from vbdcompress.surgery.weights import Index, layer_widths
 
 NOT_HERE = -1
 # What tracing somebody's network is known to raise; each becomes a reason.
@@ -163,11 +162,12 @@ def _trace(
     try:
         is_data = holds_data(example)
         given = map_tensors(example, lambda tensor: prepare(tensor, is_data(tensor)))
-        recording = record(model, given, _role_of, buffers=buffers)
+        recording = record(model, given, role_of, buffers=buffers)
         ties = Ties()
         for reading in recording.readings:
             ties.reads(model, reading)
-        for layer in {reading.layer for reading in recording.readings if reading.role != "opaque"}:
+        read = {reading.layer for reading in recording.readings if reading.role != "opaque"}
+        for layer in read | recording.written.keys():
             ties.shares(layer, model.get_submodule(layer))
         groups = tuple(_build_groups(model, recording, ties))
     except TRACE_ERRORS as error:
@@ -188,27 +188,6 @@ def _as_leaf(tensor: Tensor, _is_data: bool) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 
-def _role_of(module: nn.Module) -> Role | None:
-    if is_mixing(module):
-        return "mixing"
-    if _is_per_channel(module):
-        return "between"
-    # those that hold parameters and compute nothing; of exported programs they are plain modules
-    holds = type(module) is nn.Module or isinstance(module, nn.ParameterList | nn.ParameterDict | nn.PReLU)
-    known = type(module).__module__.startswith("torch.nn.") and not holds
-    if known and (any(True for _ in module.parameters(recurse=False)) or isinstance(module, nn.GroupNorm)):
-        return "opaque"
-    return None
-
-
-def _is_per_channel(module: Any) -> bool:
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters > 1
-    if isinstance(module, nn.GroupNorm):  # each of its groups goes whole, the others don't notice
-        return module.num_groups > 1
-    return keeps_groups_apart(module) or isinstance(module, _BatchNorm | _InstanceNorm)
-
-
 @dataclass(frozen=True)
 class _Places:
     """The place that stands for each output of each writer, and for each input of each other layer."""
@@ -218,14 +197,19 @@ class _Places:
     between: dict[str, list[Place]]
 
 
-def _find_places(recording: Recording, ties: Ties) -> _Places:
+def _find_places(model: nn.Module, recording: Recording, ties: Ties) -> _Places:
     places = _Places({}, {}, {})
     for layer, count in recording.written.items():
         places.writers[layer] = [ties.find(("writes", layer, channel)) for channel in range(count)]
+        if isinstance(recurrent := model.get_submodule(layer), Recurrent):
+            width, _ = layer_widths(recurrent)
+            places.readers[layer] = [ties.find(("reads", layer, n)) for n in range(width)]
     for reading in recording.readings:
         if reading.role != "opaque":
             into = places.readers if reading.role == "mixing" else places.between
-            into[reading.layer] = [ties.find(("reads", reading.layer, n)) for n in range(reading.width)]
+            # beside what a recurrent layer is given, it reads its own state
+            width = max(reading.width, layer_widths(model.get_submodule(reading.layer))[0])
+            into[reading.layer] = [ties.find(("reads", reading.layer, n)) for n in range(width)]
     return places
 
 
@@ -243,7 +227,7 @@ def _tied_writers(places: _Places) -> list[list[str]]:
 
 def _build_groups(model: nn.Module, recording: Recording, ties: Ties) -> Iterator[ChannelGroup]:
     """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
-    places = _find_places(recording, ties)
+    places = _find_places(model, recording, ties)
     why: dict[Place, str] = {}
     for place, told in ties.reasons:
         why.setdefault(ties.find(place), told)

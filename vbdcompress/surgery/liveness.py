@@ -20,8 +20,9 @@ from vbdcompress.surgery.plan import plan_removed
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.surgery.weights import (
     Index,
-    Mixing,
+    Reader,
     effect_of,
+    input_dim,
     layer_widths,
     unread_inputs,
     unwritten_outputs,
@@ -96,15 +97,9 @@ def _behind_channels(state: _Liveness, features: ChannelGroup) -> set[int]:
     return behind - {NOT_HERE}
 
 
-def _writer(model: nn.Module, member: Member) -> Mixing:
+def _layer(model: nn.Module, member: Member) -> Reader:
     layer = model.get_submodule(member.layer)
-    assert isinstance(layer, Mixing)
-    return layer
-
-
-def _layer(model: nn.Module, member: Member) -> nn.Linear | _ConvNd:
-    layer = model.get_submodule(member.layer)
-    assert isinstance(layer, nn.Linear | _ConvNd)
+    assert isinstance(layer, Reader)
     return layer
 
 
@@ -138,7 +133,7 @@ def _remove_unread(state: _Liveness) -> bool:
 def _silence(model: nn.Module, group: ChannelGroup, channels: Index) -> None:
     """Set to 0 what writes removed channels: nothing reads them, and their own inputs may die in turn."""
     for member in group.writers:
-        zero_outputs_(_writer(model, member), member.positions(channels).tolist())
+        zero_outputs_(_layer(model, member), member.positions(channels).tolist())
 
 
 def _fold_constants(state: _Liveness) -> bool:
@@ -147,7 +142,7 @@ def _fold_constants(state: _Liveness) -> bool:
     for group in state.groups:
         if group.is_features or not group.foldable:
             continue
-        zero_at = [(m, unwritten_outputs(_writer(state.model, m))) for m in group.writers]
+        zero_at = [(m, unwritten_outputs(_layer(state.model, m))) for m in group.writers]
         found = _channels_with_all_zero(group, zero_at)
         gone = state.removed[group.name]
         candidates = np.array([c for c in found if int(c) not in gone], dtype=np.int64)
@@ -169,8 +164,7 @@ def _record_inputs(state: _Liveness) -> dict[str, tuple[Tensor, Tensor]]:
     readers = {member.layer for group in state.groups for member in group.readers}
 
     def record(name: str, layer: nn.Module, value: Tensor) -> None:
-        dim = value.dim() - 1 if isinstance(layer, nn.Linear) else 1
-        flat = value.movedim(dim, 0).flatten(1)
+        flat = value.movedim(input_dim(layer), 0).flatten(1)
         low, high = flat.amin(1), flat.amax(1)
         if name in found:  # a layer used twice is constant only where both uses agree
             low, high = torch.minimum(low, found[name][0]), torch.maximum(high, found[name][1])
@@ -237,19 +231,24 @@ def _fold_channels(
     state: _Liveness, group: ChannelGroup, channels: Index, inputs: dict[str, tuple[Tensor, Tensor]]
 ) -> bool:
     """Fold those of the channels that are constant and that all their readers can take."""
-    if any(member.layer not in inputs for member in group.readers):  # not run on the example
+    readers = [
+        (member, layer)
+        for member in group.readers
+        if isinstance(layer := state.model.get_submodule(member.layer), nn.Linear | _ConvNd)
+        and member.layer in inputs  # it ran on the example
+    ]
+    if len(readers) < len(group.readers):
         return False
-    for member in group.readers:
-        layer = _layer(state.model, member)
+    for member, layer in readers:
         low, high = inputs[member.layer]
         refused = high - low > CONSTANT_TOLERANCE * (1 + high.abs())
         if _pads_with_zeros(layer):  # the border would read 0 where the middle reads the constant
             refused |= ~unread_inputs(layer) & (high != 0)
         channels = np.setdiff1d(channels, member.index[refused.cpu().numpy()])
-    for member in group.readers:
+    for member, layer in readers:
         positions = member.positions(channels)
         constant = inputs[member.layer][1][positions]
-        _fold_into_bias(state, member.layer, _layer(state.model, member), positions, constant)
+        _fold_into_bias(state, member.layer, layer, positions, constant)
     return len(channels) > 0
 
 

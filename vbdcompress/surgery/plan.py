@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import nn
 
-from vbdcompress.attention import Opened
+from vbdcompress.opening import Opened
 from vbdcompress.surgery.groups import ChannelGroup, Member
 from vbdcompress.surgery.slice import LayerCut, RemovalPlan
 from vbdcompress.surgery.weights import Index, layer_widths, outputs_of_inputs

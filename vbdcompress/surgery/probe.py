@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
 from vbdcompress.surgery.smooth import Smooth
-from vbdcompress.surgery.weights import Table, shares
+from vbdcompress.surgery.weights import Table, input_dim, shares
 
-Role = Literal["mixing", "between", "opaque"]
+Role = Literal["mixing", "reading", "between", "opaque"]
 # What torch says of operations without a derivative, or without a second one
 _NO_DERIVATIVE = ("derivative for", "double backward", "differentiate twice")
 NO_DERIVATIVE = "what lies behind it has no second derivative, from which its channels could be told"
@@ -82,8 +83,9 @@ def record(
     Args:
         model: float64, eval mode; left as it was.
         example: a batch of inputs.
-        role_of: "mixing" layers write and read channels; those "between" keep them apart; "opaque"
-            ones mix them in a way that can't be cut. None: its own code is followed.
+        role_of: "mixing" layers write and read channels; "reading" ones write others, which can't be cut;
+            those "between" keep them apart; "opaque" ones mix them in a way that can't be cut. None: its
+            own code is followed.
         buffers: whether bare buffers are followed like parameters; some code can't work with such ones.
     """
     found = Recording()
@@ -153,7 +155,7 @@ def _patched(model: nn.Module, roles: dict[str, Role | None], found: Recording) 
 
 def _wrap(name: str, module: nn.Module, role: Role, found: Recording) -> Callable[..., Any]:
     compute = module.forward
-    last = -1 if isinstance(module, nn.Linear | Table) else 1
+    last = input_dim(module)
     table = isinstance(module, Table)
 
     def between(*args: Any, **kwargs: Any) -> Any:
@@ -167,18 +169,24 @@ def _wrap(name: str, module: nn.Module, role: Role, found: Recording) -> Callabl
         return leaf * 1.0
 
     def cut(*args: Any, **kwargs: Any) -> Any:
-        given = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
-        for tensor in given[:1] if role == "mixing" and not table else given:
-            _read(found, name, "opaque" if table else role, tensor, last)  # a table's may weigh its rows
+        channels = None if role == "opaque" or table else (args[0] if args else kwargs.get("input"))
+        for tensor in _tensors((args, kwargs)):
+            if tensor is channels and tensor.requires_grad:
+                _read(found, name, "mixing", tensor, last)
+            elif tensor.requires_grad:  # for others it is a state, or weights of a table's rows
+                _read(found, name, "opaque", tensor, last, follow=role == "opaque")
         with torch.no_grad():
             computed = compute(*args, **kwargs)
-        if role == "opaque":
+        if role in ("opaque", "reading") or isinstance(computed[0], PackedSequence):
             return tree_map(lambda item: item.detach() if isinstance(item, Tensor) else item, computed)
+        output = computed if isinstance(computed, Tensor) else computed[0]
+        found.written[name] = output.shape[last % output.dim()]
+        return tree_map(written, computed)  # of recurrent layers the last state, too
+
+    def written(computed: Tensor) -> Tensor:
         # positive, so that roots and logarithms stay defined
         leaf = (0.5 + torch.rand_like(computed)).requires_grad_()
-        dim = last % computed.dim()
-        found.written[name] = computed.shape[dim]
-        found.sources[id(leaf)] = Source("writes", name, leaf, dim)
+        found.sources[id(leaf)] = Source("writes", name, leaf, last % computed.dim())
         return leaf * 1.0  # no leaf itself: what follows may work in place
 
     return between if role == "between" else cut
@@ -199,19 +207,21 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _read(found: Recording, layer: str, role: Role, tensor: Tensor, dim: int) -> None:
-    """Note where a layer's input comes from; what follows is followed from there.
+def _read(found: Recording, layer: str, role: Role, tensor: Tensor, dim: int, *, follow: bool = True) -> None:
+    """Note where a layer's input comes from; `follow`: what follows is followed from there.
 
     So each stretch between two layers is looked at once, and the cost grows with the network's length.
     """
     with torch._C.DisableTorchFunction():  # the network is smoothed, not what is worked out here
         if tensor.dim():
-            _read_plainly(found, layer, role, tensor, dim % tensor.dim())
+            _read_plainly(found, layer, role, tensor, dim % tensor.dim(), follow=follow)
         else:  # a loss, or a temperature, beside the outputs
-            _read_plainly(found, layer, "opaque", tensor[None], 0)
+            _read_plainly(found, layer, "opaque", tensor[None], 0, follow=False)
 
 
-def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim: int) -> None:
+def _read_plainly(
+    found: Recording, layer: str, role: Role, tensor: Tensor, dim: int, *, follow: bool
+) -> None:
     width = 1 if role == "opaque" else tensor.shape[dim]
     leaves = _leaves_of(tensor) if tensor.requires_grad else []
     sources = [found.sources[id(leaf)] for leaf in leaves if id(leaf) in found.sources]
@@ -229,7 +239,7 @@ def _read_plainly(found: Recording, layer: str, role: Role, tensor: Tensor, dim:
         if role == "mixing" and reading.places and not told:
             reading = replace(reading, blocked=NO_DERIVATIVE)
     found.readings.append(reading)
-    if (sources or bare) and layer and not tensor.is_leaf and not tensor._is_view():
+    if follow and (sources or bare) and layer and not tensor.is_leaf and not tensor._is_view():
         tensor.detach_().requires_grad_()
         found.sources[id(tensor)] = Source("reads", layer, tensor, None if role == "opaque" else dim)
         if role == "opaque" and reading.places:

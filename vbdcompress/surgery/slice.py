@@ -10,10 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from vbdcompress.attention import open_attention_
 from vbdcompress.errors import SlimError
 from vbdcompress.gather import GatherLinear
+from vbdcompress.opening import open_layers_
 from vbdcompress.parametrized import store_weights_
+from vbdcompress.recurrent import Recurrent, narrow_, recurrent_parameters, rows_of_units
 from vbdcompress.surgery.weights import Table, keeps_groups_apart, shares
 
 
@@ -23,11 +24,12 @@ class LayerCut:
 
     Attributes:
         inputs, outputs: kept positions; None keeps all. Layers with one entry for each channel
-            (batch norm, depthwise convolution) only have `outputs`.
+            (batch norm, depthwise convolution) only have `outputs`. A recurrent layer's inputs are followed
+            by the hidden units that it reads again.
         gather: positions that the layer picks from the input that it is given, where that stays
             wider than what it reads; None reads it as it comes.
         new_bias: a bias is added to a layer that had none, to hold constants of removed inputs.
-        opened: the module is attention, replaced by the same with its layers in the open.
+        opened: the module is attention or recurrent, replaced by the same with its layers in the open.
         stored: what its parametrizations computed are plain weights.
         attributes: new values of numbers that the module keeps beside its layers, such as num_heads.
         parameters: own parameter -> (dimension, kept positions).
@@ -88,7 +90,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
         SlimError: the plan names a layer, or a position, that the network does not have.
     """
     store_weights_(model, [name for name, cut in plan.cuts.items() if cut.stored])
-    open_attention_(model, {name for name, cut in plan.cuts.items() if cut.opened})
+    open_layers_(model, {name for name, cut in plan.cuts.items() if cut.opened})
     for name, cut in plan.cuts.items():
         try:
             layer = model.get_submodule(name)
@@ -117,13 +119,11 @@ def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
     elif isinstance(layer, _ConvNd):
         _cut_conv_(layer, cut)
     elif isinstance(layer, _BatchNorm | _InstanceNorm | nn.PReLU):
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            _select_(layer, name, 0, cut.outputs)
-        if cut.outputs is not None:
-            field = "num_parameters" if isinstance(layer, nn.PReLU) else "num_features"
-            setattr(layer, field, len(cut.outputs))
+        _cut_per_channel_(layer, cut)
     elif isinstance(layer, nn.GroupNorm):
         _cut_group_norm_(layer, cut)
+    elif isinstance(layer, Recurrent):
+        _cut_recurrent_(layer, cut)
     else:
         raise SlimError("slim", f"does not know how to cut a {type(layer).__name__}.")
     if cut.new_bias and getattr(layer, "bias", None) is None:
@@ -143,6 +143,27 @@ def _cut_linear_(layer: nn.Linear, cut: LayerCut) -> None:
     elif cut.gather is not None:
         layer.__class__ = GatherLinear
         layer.register_buffer("input_index", torch.tensor(cut.gather, device=layer.weight.device))
+
+
+def _cut_per_channel_(layer: nn.Module, cut: LayerCut) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _select_(layer, name, 0, cut.outputs)
+    if cut.outputs is not None:
+        field = "num_parameters" if isinstance(layer, nn.PReLU) else "num_features"
+        setattr(layer, field, len(cut.outputs))
+
+
+def _cut_recurrent_(layer: Recurrent, cut: LayerCut) -> None:
+    units = None if cut.outputs is None else [unit for unit in cut.outputs if unit < layer.hidden_size]
+    inputs = None if cut.inputs is None else [place for place in cut.inputs if place < layer.input_size]
+    rows = None if units is None else rows_of_units(layer, units)
+    for name in recurrent_parameters(layer):
+        _select_(layer, name, 0, rows)
+        if name.startswith("weight"):
+            _select_(layer, name, 1, inputs if name.startswith("weight_ih") else units)
+    layer.input_size = layer.input_size if inputs is None else len(inputs)
+    if units is not None:
+        narrow_(layer, units)
 
 
 def _cut_group_norm_(layer: nn.GroupNorm, cut: LayerCut) -> None:

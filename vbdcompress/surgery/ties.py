@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from vbdcompress.gather import GatherLinear
+from vbdcompress.recurrent import Recurrent, writes_units
 from vbdcompress.surgery.match import Place
 from vbdcompress.surgery.probe import Reading
 from vbdcompress.surgery.weights import keeps_groups_apart, shares
@@ -65,7 +66,15 @@ class Ties:
             self.from_network_input[reading.layer] = before and not reading.places and not reading.bare
 
     def shares(self, layer: str, module: nn.Module) -> None:
-        """Tie what the groups of a convolution must lose alike."""
+        """Tie what a layer must lose alike: groups of a convolution, or directions of a recurrent layer.
+
+        A recurrent layer reads its hidden units again.
+        """
+        if isinstance(module, Recurrent) and writes_units(module):
+            for unit in range(module.hidden_size):
+                self.tie(("reads", layer, module.input_size + unit), ("writes", layer, unit))
+                if module.bidirectional:
+                    self.tie(("writes", layer, unit), ("writes", layer, module.hidden_size + unit))
         if isinstance(module, _ConvNd) and module.groups > 1:
             _, inputs, outputs = shares(module)
             apart = keeps_groups_apart(module)

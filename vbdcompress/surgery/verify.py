@@ -22,6 +22,7 @@ from vbdcompress.compare import (
 )
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
+from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_units
 from vbdcompress.surgery.groups import (
     NOT_HERE,
     READ_WIDTHS,
@@ -35,7 +36,7 @@ from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take
 from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
-from vbdcompress.surgery.weights import Index, Mixing, scale_inputs_
+from vbdcompress.surgery.weights import Index, Reader, input_dim, scale_inputs_
 
 TRIAL_SHARE = 0.3
 _WRITTEN_SIZE = "a size is written in its code; in what torch.export makes of the network it may follow"
@@ -254,31 +255,34 @@ def _try_groups(
 
 def _random_gates(
     model: nn.Module, groups: Sequence[ChannelGroup], masks: dict[str, Index]
-) -> dict[Mixing, Tensor]:
+) -> dict[Reader, Tensor]:
     """Reader -> [inputs] factors: 0 for masked channels, others near 1."""
     generator = torch.Generator().manual_seed(0)
-    gates: dict[Mixing, Tensor] = {}
+    gates: dict[Reader, Tensor] = {}
     for group in groups:
         theta = 0.5 + torch.rand(group.size + 1, generator=generator, dtype=torch.float64)
         theta[masks[group.name]] = 0.0
         theta[NOT_HERE] = 1.0  # the last: of inputs that belong to other groups
         for member in group.readers:
             layer = model.get_submodule(member.layer)
-            assert isinstance(layer, Mixing)
+            assert isinstance(layer, Reader)
             gates[layer] = gates.get(layer, 1.0) * theta[torch.from_numpy(member.index)]
     return gates
 
 
-def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[Mixing, Tensor]) -> list[Tensor]:
+def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[Reader, Tensor]) -> list[Tensor]:
     """The outputs with every reader's input multiplied, not its weight: that may be used elsewhere, too."""
 
     def gate(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        assert isinstance(layer, Mixing)
+        assert isinstance(layer, Reader)
         given, factors = input_of(args, kwargs), gates[layer]
         if isinstance(layer, GatherLinear):
             factors = factors.new_ones(given.shape[-1]).index_copy(0, layer.input_index, factors)
+        if isinstance(layer, Recurrent) and writes_units(layer):
+            scale_state(layer, factors[layer.input_size :])
+        factors = factors[: given.shape[input_dim(layer)]]
         shape = [1] * given.dim()
-        shape[-1 if isinstance(layer, nn.Linear) else 1] = len(factors)
+        shape[input_dim(layer)] = len(factors)
         return (given * factors.view(shape), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
 
     hooks = [layer.register_forward_pre_hook(gate, with_kwargs=True) for layer in gates]
@@ -287,3 +291,6 @@ def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[Mixing, Tensor]
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in gates:
+            if isinstance(layer, Recurrent) and writes_units(layer):
+                restore_state(layer)

@@ -1,6 +1,6 @@
 """Weights of the layers that mix channels, seen by what reads an input and by what writes an output."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from vbdcompress.recurrent import Recurrent, recurrent_parameters, rows_of_units, state_width
+
 # Their columns are channels; what they read, rows by number, are none
 Table = nn.Embedding | nn.EmbeddingBag
 Mixing = nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag
+Reader = Mixing | Recurrent
 Index = npt.NDArray[np.int64]
 
 
@@ -45,8 +48,23 @@ def shares(layer: Mixing) -> tuple[int, int, int]:
     return layer.groups, second, first // layer.groups
 
 
+def input_dim(layer: nn.Module) -> int:
+    """The dimension of its input that a layer's channels lie along."""
+    return -1 if isinstance(layer, nn.Linear | Table | Recurrent) else 1
+
+
+def reading_weights(layer: Reader) -> list[str]:
+    """Names of the weights that read a layer's input."""
+    if isinstance(layer, Recurrent):
+        return [name for name in recurrent_parameters(layer) if name.startswith("weight")]
+    return ["weight"]
+
+
 def layer_widths(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a layer that channel groups know; for one between, both are its channels'."""
+    if isinstance(layer, Recurrent):
+        directions = 2 if getattr(layer, "bidirectional", False) else 1
+        return layer.input_size + state_width(layer), directions * layer.hidden_size
     if isinstance(layer, Mixing):
         groups, inputs, outputs = shares(layer)
         return groups * inputs, groups * outputs
@@ -75,25 +93,49 @@ def by_input(layer: Mixing) -> Tensor:
     return weight.view(groups, outputs, inputs, -1).transpose(1, 2)
 
 
-def unread_inputs(layer: Mixing) -> Tensor:
+def _all_by_input(layer: Reader) -> Iterator[tuple[int, Tensor]]:
+    """Of each weight that reads it, the first position that it reads, and a view as `by_input` gives it."""
+    if not isinstance(layer, Recurrent):
+        yield 0, by_input(layer)
+        return
+    for name in reading_weights(layer):
+        view = getattr(layer, name).detach().t()[None, ..., None]
+        yield 0 if name.startswith("weight_ih") else layer.input_size, view
+
+
+def unread_inputs(layer: Reader) -> Tensor:
     """[inputs] bool: every weight that reads it is 0."""
-    return (by_input(layer) == 0).flatten(2).all(2).flatten()
+    unread = None
+    for start, weight in _all_by_input(layer):
+        if unread is None:
+            unread = torch.ones(layer_widths(layer)[0], dtype=torch.bool, device=weight.device)
+        zero = (weight == 0).flatten(2).all(2).flatten()
+        unread[start : start + len(zero)] &= zero
+    assert unread is not None
+    return unread
 
 
-def unwritten_outputs(layer: Mixing) -> Tensor:
+def unwritten_outputs(layer: Mixing | Recurrent) -> Tensor:
     """[outputs] bool: every weight that writes it is 0."""
+    if isinstance(layer, Recurrent):  # what it writes changes from step to step
+        return torch.zeros(layer_widths(layer)[1], dtype=torch.bool)
     return (by_input(layer).transpose(1, 2) == 0).flatten(2).all(2).flatten()
 
 
-def zero_inputs_(layer: Mixing, positions: Sequence[int]) -> None:
+def zero_inputs_(layer: Reader, positions: Sequence[int]) -> None:
     """Set to 0 what reads the inputs, in place."""
-    where = torch.as_tensor(positions, dtype=torch.int64, device=layer.weight.device)
-    weight = by_input(layer)
-    weight[where // weight.shape[1], where % weight.shape[1]] = 0.0
+    factors = torch.ones(layer_widths(layer)[0])
+    factors[list(positions)] = 0.0
+    scale_inputs_(layer, factors)
 
 
-def zero_outputs_(layer: Mixing, positions: Sequence[int]) -> None:
+def zero_outputs_(layer: Mixing | Recurrent, positions: Sequence[int]) -> None:
     """Set to 0 what writes the outputs, with their biases, in place."""
+    if isinstance(layer, Recurrent):
+        rows = rows_of_units(layer, sorted({position % layer.hidden_size for position in positions}))
+        for name in recurrent_parameters(layer):
+            getattr(layer, name).data[rows] = 0.0
+        return
     where = torch.as_tensor(positions, dtype=torch.int64, device=layer.weight.device)
     weight = by_input(layer).transpose(1, 2)
     weight[where // weight.shape[1], where % weight.shape[1]] = 0.0
@@ -101,10 +143,12 @@ def zero_outputs_(layer: Mixing, positions: Sequence[int]) -> None:
         layer.bias.data[where] = 0.0  # type: ignore[union-attr, operator]
 
 
-def scale_inputs_(layer: Mixing, factors: Tensor) -> None:
+def scale_inputs_(layer: Reader, factors: Tensor) -> None:
     """Multiply the weights that read each input by its factor, [inputs], in place."""
-    weight = by_input(layer)
-    weight.mul_(factors.to(weight.dtype).view(*weight.shape[:2], 1, 1))
+    for start, weight in _all_by_input(layer):
+        groups, width = weight.shape[:2]
+        own = factors[start : start + groups * width].to(weight)
+        weight.mul_(own.view(groups, width, 1, 1))
 
 
 def effect_of(layer: Mixing, constants: Tensor) -> Tensor:

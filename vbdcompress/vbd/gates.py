@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.inputs import input_of
+from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_units
 from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior
 
 
@@ -108,6 +109,33 @@ class InputGate(nn.Module):
         return (self(input_of(args, kwargs)), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
 
 
+class RecurrentGate(InputGate):
+    """Multiplies what a recurrent layer is given, and the weights that read its own hidden units.
+
+    One draw of the latter serves all steps and examples of a batch, for torch runs a layer as a whole.
+
+    Args:
+        index: as of `InputGate`, of the layer's inputs, and of its hidden units behind them.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        values = self.values(input.shape[0] if input.dim() > 1 else 1).to(input.dtype)
+        shape = [len(values), *[1] * (input.dim() - 2), input.shape[-1]]
+        return input * values[:, : input.shape[-1]].view(shape)
+
+    def gate_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert isinstance(module, Recurrent)
+        if writes_units(module):
+            scale_state(module, self.values(1)[0, module.input_size :])
+        return super().gate_input(module, args, kwargs)
+
+    def let_go(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        """Forward hook of the layer."""
+        assert isinstance(module, Recurrent)
+        if writes_units(module):
+            restore_state(module)
+
+
 def _find_run(row: Tensor, sizes: Sequence[int]) -> tuple[int, int] | None:
     """The gate whose channels a row lists in order, and how often each; None where it is not so regular."""
     offset = 0
@@ -123,15 +151,21 @@ def attach_gate_(layer: nn.Module, gate: InputGate) -> None:
     """Put the gate in front of the layer, in place."""
     layer.input_gate = gate
     layer.register_forward_pre_hook(gate.gate_input, with_kwargs=True)
+    if isinstance(gate, RecurrentGate):
+        layer.register_forward_hook(gate.let_go, always_call=True)
 
 
 def detach_gate_(layer: nn.Module) -> InputGate:
     """Undo `attach_gate_`, in place, and return the gate that stood there."""
     gate = layer.input_gate
     assert isinstance(gate, InputGate)
-    hooks = layer._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is gate]:
-        del hooks[key]
-        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    before, after = layer._forward_pre_hooks, layer._forward_hooks
+    for hooks, marks in (
+        (before, layer._forward_pre_hooks_with_kwargs),
+        (after, layer._forward_hooks_always_called),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is gate]:
+            del hooks[key]
+            marks.pop(key, None)
     del layer.input_gate
     return gate

@@ -82,7 +82,8 @@ def switch_off_(model: nn.Module) -> None:
 def _coverage(model: nn.Module, converted: Converted, example: Tensor) -> dict[str, Any]:
     """How much of the network a posterior can remove, and why the rest stays."""
     layers = {row.name: row for row in layer_sizes(model, example)}
-    mixing = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | _ConvNd)]
+    kinds = nn.Linear | _ConvNd | nn.RNNBase
+    mixing = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
     touched = {row.name for row in converted.table if row.action == "converted"}
     if converted.mode == "channels":
         for group in converted.scan.removable:

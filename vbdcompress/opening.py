@@ -1,0 +1,32 @@
+"""Layers of torch and torchvision that hold others inside, replaced by the same with those in the open."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention
+from vbdcompress.recurrent import StackedRecurrent, open_recurrent
+
+Opened = HeadAttention | HeadWindowAttention | StackedRecurrent
+
+
+def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Replace attention and recurrent layers that are known by their opened form, in place.
+
+    Args:
+        names: of the modules, "" for the network itself; None takes all. One that is opened already stays.
+    """
+    replaced: dict[int, nn.Module | None] = {}  # one module may stand under several names
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if names is None or name in names:
+            if id(module) not in replaced:
+                replaced[id(module)] = open_attention(module) or open_recurrent(module)
+            opened = replaced[id(module)]
+            if opened is not None and name:
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, opened)
+            elif opened is not None:  # who holds the network holds the opened one
+                model.__class__, model.__dict__ = type(opened), vars(opened)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # its shortcut reads the weights past the layers
