@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 from vbdcompress.vbd.sampled import attach_sampled_, detach_sampled_
 
 
@@ -147,9 +148,8 @@ def test_deepcopy_after_training_is_independent(case: Case) -> None:
     twin = copy.deepcopy(sampled)
     before = call(sampled.eval()).clone()
     theirs = {id(parameter) for parameter in twin.parameters()}
-    for module in twin.modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            assert {id(tensor) for tensor in module[0].posterior()} <= theirs
+    for posterior in find_posteriors(twin):
+        assert {id(posterior.theta), id(posterior.log_sigma2)} <= theirs
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
@@ -174,9 +174,27 @@ def test_posterior_follows_a_change_of_dtype(case: Case) -> None:
     _, sampled, where, _ = case
     sampled.double()
     for owner, name in where:
-        theta, log_sigma2 = owner.parametrizations[name][0].posterior()
-        assert theta is owner.parametrizations[name].original
-        assert theta.dtype == log_sigma2.dtype == torch.float64
+        theta = owner.parametrizations[name].original
+        (posterior,) = (found for found in find_posteriors(owner) if found.theta is theta)
+        assert posterior.theta.dtype == posterior.log_sigma2.dtype == torch.float64
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_of_another_is_what_counts_once_it_is_loaded(case: Case, assign: bool) -> None:
+    _, sampled, where, call = case
+    other = copy.deepcopy(sampled)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    sampled.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    for module in (sampled, other):
+        set_threshold_(module.eval(), 0.0)
+    assert torch.equal(call(sampled), call(other))
+    for found, wanted in zip(find_posteriors(sampled), find_posteriors(other), strict=True):
+        assert torch.equal(found.theta, wanted.theta)
+    for owner, name in where:
+        detach_sampled_(owner, name)
+    assert torch.equal(call(sampled), call(other))
 
 
 @pytest.mark.parametrize("used", [False, True])

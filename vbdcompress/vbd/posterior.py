@@ -75,6 +75,7 @@ class HasPosterior:
     """
 
     kind = "weight"
+    log_sigma2: nn.Parameter
     threshold: float
     cost: float = 1.0
 
@@ -88,7 +89,10 @@ class HasPosterior:
 
     def masked_theta(self) -> Tensor:
         """theta where log_alpha < threshold, 0 elsewhere."""
-        theta, log_sigma2 = self.posterior()
+        return self.mask(*self.posterior())
+
+    def mask(self, theta: Tensor, log_sigma2: Tensor) -> Tensor:
+        """theta where log_alpha < threshold, 0 elsewhere."""
         if self.threshold == KEEP_ALL:
             return theta
         keep = log_alpha_of(theta, log_sigma2) < self.threshold
@@ -146,7 +150,8 @@ def _walk(model: nn.Module) -> Iterator[Posterior]:
             plain = ".".join(part for part in name.split(".") if part != "parametrizations")
             for parametrization in module:
                 if isinstance(parametrization, HasPosterior):
-                    yield Posterior(plain, "weight", parametrization, *parametrization.posterior())
+                    log_sigma2 = parametrization.log_sigma2
+                    yield Posterior(plain, "weight", parametrization, module.original, log_sigma2)
         elif isinstance(module, HasPosterior) and not _is_parametrization(name):
             yield Posterior(module.posterior_name(name), module.kind, module, *module.posterior())
 

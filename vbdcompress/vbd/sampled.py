@@ -30,17 +30,12 @@ class SampledWeight(HasPosterior, nn.Module):
         super().__init__()
         self.log_sigma2 = nn.Parameter(theta.detach().new_full(theta.shape, log_sigma2))
         self.threshold = KEEP_ALL
-        # In a tuple: a second reference, not a second registration of the same parameter.
-        self._theta = (theta,)
         self.order = order
-
-    def posterior(self) -> tuple[Tensor, Tensor]:
-        return self._theta[0], self.log_sigma2
 
     def forward(self, theta: Tensor) -> Tensor:
         if self.training:
             return sample(theta, self.log_sigma2)
-        return self.masked_theta()
+        return self.mask(theta, self.log_sigma2)
 
 
 def attach_sampled_(module: nn.Module, name: str, log_sigma2: float) -> None:
@@ -64,7 +59,8 @@ def detach_sampled_(module: nn.Module, name: str) -> None:
     """Undo `attach_sampled_`, in place; the parameter is theta where kept, 0 elsewhere."""
     parametrization = module.parametrizations[name][0]  # type: ignore[index]
     assert isinstance(parametrization, SampledWeight)
-    kept = parametrization.masked_theta().detach().clone()
+    theta = module.parametrizations[name].original  # type: ignore[index, union-attr]
+    kept = parametrization.mask(theta, parametrization.log_sigma2).detach().clone()
     own_class_(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
