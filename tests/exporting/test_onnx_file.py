@@ -189,3 +189,27 @@ def test_export_onnx_keeps_the_names_of_inputs(tmp_path):
     found = session.run(None, {name: tensor.numpy() for name, tensor in samples.items()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(found, model(**samples).numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Causal(nn.Module):
+    """torch's encoder under a mask: made at each call, as its tutorial does, or kept."""
+
+    def __init__(self, kept):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+        mask = nn.Transformer.generate_square_subsequent_mask(5)
+        self.register_buffer("mask", mask if kept else None)
+
+    def forward(self, x):
+        mask = self.mask
+        if mask is None:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.head(self.encoder(x, mask=mask))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_export_onnx_takes_a_transformer_under_a_causal_mask(tmp_path, kept):
+    torch.manual_seed(0)
+    check = export_onnx(Causal(kept).eval(), tmp_path / "model.onnx", torch.randn(4, 5, 8))
+    assert check.max_difference < 1e-5

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import transformer
 
 from vbdcompress.compare import flatten_output
 from vbdcompress.errors import ExportError
@@ -65,7 +66,7 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
     batch = {0: torch.export.Dim("batch", min=2)}
     shapes: tuple[Any, ...] = tuple(batch | dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in sizes)
     try:
-        with in_eval_mode(model), _quiet_exporter():
+        with in_eval_mode(model), _quiet_exporter(), _without_a_look_at_masks():
             with torch.no_grad():
                 bare = isinstance(two, Tensor) and isinstance(call(model, two), Tensor)
             program: Any = torch.onnx.export(
@@ -181,6 +182,21 @@ def _strip_metadata(proto: onnx.ModelProto) -> None:
     proto.ClearField("doc_string")
     proto.producer_name = "vbdcompress"
     proto.ClearField("producer_version")
+
+
+@contextmanager
+def _without_a_look_at_masks() -> Iterator[None]:
+    """torch's transformers compare their mask with the causal one, for a hint that no file can hold."""
+    before = transformer._detect_is_causal_mask
+
+    def as_told(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal)
+
+    transformer._detect_is_causal_mask = as_told
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
 
 
 @contextmanager
