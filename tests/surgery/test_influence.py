@@ -169,6 +169,27 @@ def test_what_an_idle_layer_may_read_or_write_stays_whole() -> None:
     assert whole["last.1"] is None  # of another width
 
 
+class Chosen(nn.Module):
+    """Two layers of unlike names, of which one runs where a large value is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.often, self.rarely = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(8, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 5] -> [batch, 3]."""
+        h = torch.relu(self.stem(x))
+        y: Tensor = self.head(torch.relu(self.rarely(h) if bool((x > 1000).any()) else self.often(h)))
+        return y
+
+
+def test_a_branch_that_the_example_does_not_take_keeps_its_widths() -> None:
+    groups = {group.name: group for group in find_groups(Chosen(), torch.randn(2, 5)).groups}
+    for name in ("stem", "often"):
+        assert "'rarely', which did not run on the example" in str(groups[name].whole_because)
+
+
 class Guarded(nn.Module):
     """Looks at values, and holds a layer of no use to anybody."""
 

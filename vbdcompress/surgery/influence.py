@@ -116,13 +116,16 @@ def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str
     for name, module in training.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     why_not_training(training, inputs)  # what it raises is told of where groups are tried
-    layers = {name: module for name, module in trial.named_modules() if isinstance(module, Mixing)}
-    # but for its number in a list called like one that ran; others are of no use to anybody
-    kinds = {_kind(name) for name in called if name in layers}
+    widths = {
+        name: layer_widths(module) for name, module in trial.named_modules() if isinstance(module, Mixing)
+    }
+    ran = {name for name in widths if name in called}
+    # called like one that ran but for a number, or as wide; others are of no use to anybody
+    kinds, sizes = {_kind(name) for name in ran}, {widths[name] for name in ran}
     return {
-        name: set(layer_widths(module))
-        for name, module in layers.items()
-        if name not in called and _kind(name) in kinds
+        name: set(own)
+        for name, own in widths.items()
+        if name not in ran and (_kind(name) in kinds or own in sizes)
     }
 
 
