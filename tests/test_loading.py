@@ -2,6 +2,8 @@
 
 import pickle
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +184,38 @@ def test_load_says_what_is_missing_or_damaged(tmp_path):
     (tmp_path / "program.pt2").write_bytes(b"")
     with pytest.raises(LoadError, match=r"torch\.export program"):
         load(tmp_path / "program.pt2")
+
+
+def linear_state() -> dict[Any, Any]:
+    return {"weight": torch.randn(3, 4), "bias": torch.zeros(3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"weight": torch.randn(3, 4).to_sparse()}, "'weight' is .*torch.sparse_coo"),
+        ({"weight": torch.empty(3, 4, device="meta")}, "'weight' is .*on meta"),
+        ({7: torch.zeros(1)}, "no weight of a network: 7 is"),
+        ({"weight": torch.randn(3, 4, dtype=torch.complex64)}, "complex, or should be: weight"),
+    ],
+)
+def test_load_names_tensors_that_no_network_takes(tmp_path: Path, change: Any, told: str) -> None:
+    torch.save(linear_state() | change, tmp_path / "odd.pt")
+    with pytest.raises(LoadError, match=told):
+        load(tmp_path / "odd.pt", arch="torch.nn:Linear", arguments={"in_features": 4, "out_features": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"state_dict": [1]}, "no dict of names and tensors"),
+        ({"state_dict": {"weight": 3}}, "no dict of names and tensors"),
+        ({"data": 5}, "names its data set 5"),
+        ({"arch": ["lenet5"]}, "allowed are a name and a dict"),
+    ],
+)
+def test_load_refuses_entries_of_another_kind(tmp_path: Path, zoo: Path, change: Any, told: str) -> None:
+    content = torch.load(zoo / "digits.pt")
+    torch.save(content | change, tmp_path / "odd.pt")
+    with pytest.raises(LoadError, match=told):
+        load(tmp_path / "odd.pt")

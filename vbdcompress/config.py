@@ -286,7 +286,8 @@ def _sentence(item: Any) -> str:
         known = FirstRound.model_fields if within == 2 else RunConfig.model_fields
         near = get_close_matches(name.removeprefix("first."), known, n=1)
         return f"option '{name}' is unknown" + (f"; did you mean '{near[0]}'?" if near else "")
-    message = item["msg"].removeprefix("Value error, ")
+    in_toml = {"tuple_type": "must be a list, as ['fc1']", "model_type": "must be a table"}
+    message = in_toml.get(item["type"]) or item["msg"].removeprefix("Value error, ")
     return f"option '{name}' = {item['input']!r}: {message}" if name else message
 
 

@@ -35,6 +35,30 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A folder to write to; its files move to `folder` together when the block ends well, else go."""
+    for left in folder.glob(".*.part"):  # of one that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    new = folder / f".{os.getpid()}.part"
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in sorted(new.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is text, not bytes of an unknown encoding: no report could hold these."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     with replacing(path) as partial:
@@ -61,6 +85,7 @@ def load_tensors(path: Path) -> Any:
         with warnings.catch_warnings():
             # torch warns of pickle protocols before it refuses what they hold
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):

@@ -10,7 +10,7 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vbdcompress.architectures import build_architecture
 from vbdcompress.errors import LoadError
@@ -19,6 +19,7 @@ from vbdcompress.exporting.slim_file import load_slim, read_slim
 from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
+from vbdcompress.state_dicts import find_state_dict, load_state_
 from vbdcompress.surgery.slice import RemovalPlan
 
 FORMAT, VERSION = "vbdcompress.checkpoint", 1
@@ -106,7 +107,7 @@ def load(
         return Loaded(unwrap(content).cpu().eval())
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         return _from_checkpoint(path, content, arch, arguments)
-    state = _find_state_dict(path, content)
+    state = find_state_dict(path, content)
     if arch is None:
         raise LoadError(
             f"file '{path}'",
@@ -114,7 +115,7 @@ def load(
             "Name it: --arch lenet5, torchvision:resnet18, package.module:function or file.py:function",
         )
     model = build_architecture(arch, arguments, trusted=True)
-    _load_state(path, arch, model, state)
+    load_state_(path, arch, model, state)
     return Loaded(model.eval(), arch, dict(arguments or {}))
 
 
@@ -209,8 +210,10 @@ def _from_checkpoint(
     if missing:
         raise LoadError(where, f"is a checkpoint without {', '.join(missing)}.")
     name, given = arch or content["arch"], arguments or content.get("arguments") or {}
+    if not isinstance(content.get("data"), str | None):
+        raise LoadError(where, f"names its data set {content['data']!r}, allowed is a name.")
     model = build_architecture(name, given, trusted=arch is not None)
-    _load_state(path, name, model, content["state_dict"])
+    load_state_(path, name, model, content["state_dict"])
     try:
         spec = InputSpec.from_json(content["input"]) if content.get("input") else None
         split = content.get("validation") or None
@@ -225,61 +228,6 @@ def _from_checkpoint(
     training = content.get("training") or None
     data = content.get("data")
     return Loaded(model.eval(), name, given, data, spec, split, training, classes=classes)
-
-
-def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
-    """The state_dict in a file: bare, or under the keys that training scripts use."""
-    if isinstance(content, Mapping):
-        for key in ("state_dict", "model_state_dict", "model", "net"):
-            if isinstance(content.get(key), Mapping):
-                return _find_state_dict(path, content[key])
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return content
-    kinds = type(content).__name__
-    if isinstance(content, Mapping):
-        kinds += f" with keys {', '.join(map(str, list(content)[:8]))}"
-    raise LoadError(
-        f"file '{path}'",
-        f"holds a {kinds}, not the weights of a network.",
-        "Allowed: a state_dict, or a dict that has one under 'state_dict' or 'model'.",
-    )
-
-
-def _without_wrappers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """By the network's own names: DataParallel, torch.compile and training classes put others before them.
-
-    What stands beside the network in a training class, such as a loss with weights, is left out.
-    """
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    name = next(iter(expected), None)
-    if name is None or set(state) & set(expected):
-        return state
-    prefixes = {key.removesuffix(name) for key in state if key.endswith(f".{name}")}
-    fitting = [prefix for prefix in prefixes if all(prefix + key in state for key in expected)]
-    if len(fitting) != 1:  # of two networks nobody says which
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    (prefix,) = fitting
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _load_state(path: Path, arch: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    expected = model.state_dict()
-    state = _without_wrappers(state, expected)
-    missing = [key for key in expected if key not in state]
-    unknown = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    problems = [
-        f"{what}: {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        for what, keys in (("missing", missing), ("not known", unknown), ("of another shape", shapes))
-        if keys
-    ]
-    if problems:
-        raise LoadError(f"file '{path}'", f"does not fit architecture '{arch}'; {'; '.join(problems)}.")
-    model.load_state_dict(state)
 
 
 def _nearest_file(path: Path) -> str:

@@ -196,3 +196,26 @@ def test_build_architecture_without_timm_says_how_to_get_it(monkeypatch: pytest.
 def test_build_architecture_refuses_a_file_s_arguments_that_open_others():
     with pytest.raises(LoadError, match="make it read or download others: checkpoint_path"):
         build_architecture("timm:resnet18", {"checkpoint_path": "/etc/passwd"})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("build = undefined", "could not be imported: NameError: .*line 1"),
+        ("import sys\nsys.exit('no data')", r"(?s)could not be imported: SystemExit: no data.*__main__"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['x'])", r"SystemExit: 2 \(mine.py, line 2"),
+        ("def build():\n    return {}['width']", "refused the arguments.*KeyError: 'width' .*line 2"),
+        ("def build():\n    assert False, 'no'", "refused the arguments.*AssertionError: no"),
+    ],
+)
+def test_whatever_the_user_s_code_raises_is_told_with_its_line(tmp_path, text, told):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(LoadError, match=told):
+        build_architecture(f"{file}:build", trusted=True)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(["lenet5"], {}), ("lenet5", [1])])
+def test_names_and_arguments_of_another_kind_are_refused(name, arguments):
+    with pytest.raises(LoadError, match="allowed are a name and a dict"):
+        build_architecture(name, arguments)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vbdcompress.cli.options import read_config, told_normalisation
+from vbdcompress.cli.options import parse_normalisation, read_config, told_normalisation
 from vbdcompress.errors import ConfigError
 from vbdcompress.records import InputSpec
 
@@ -54,3 +54,9 @@ def spec(mean=(), shape=(3, 16, 16)):
 )
 def test_told_normalisation_keeps_the_shape_of_the_file(given, of_file, told):
     assert told_normalisation(given, of_file) == told
+
+
+@pytest.mark.parametrize(("mean", "std"), [("nan", "1"), ("0", "inf"), ("0", "0"), ("0,0", "1")])
+def test_parse_normalisation_refuses_what_is_no_scale(mean, std):
+    with pytest.raises(ConfigError, match=f"--mean {mean} and --std {std} must be as many finite numbers"):
+        parse_normalisation(mean, std)

@@ -1,5 +1,6 @@
 """Reading folders of images, good and bad."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,22 @@ def test_read_folder_notes_the_parts_that_it_does_not_read(
     for note, name in zip(notes, unread, strict=True):
         assert f"'{tmp_path / name}' was not read" in note
         assert f"--validation {tmp_path / name}" in note
+
+
+def test_a_class_that_no_report_could_name_is_refused(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        (tmp_path / name).mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match=r"has a folder 'caf.*whose name is no UTF-8"):
+        read_folder(tmp_path, 8)
+
+
+def test_images_larger_than_memory_are_refused_before_one_is_resized(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "one.png")
+    with pytest.raises(DataError, match=r"2 images of \(3, 100000, 100000\) are more than 8 GiB"):
+        read_folder(tmp_path, 100_000)

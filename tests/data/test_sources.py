@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,12 @@ def test_read_source_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(found.train.images, torch.from_numpy(images.reshape(4, 3, 32, 32)))
     assert found.train.labels.tolist() == [3, 0, 99, 4]
     assert found.classes[99] == "c99"
+
+
+def test_an_npz_with_a_member_that_is_no_array_is_named(tmp_path):
+    path = tmp_path / "odd.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", b"no array at all")
+        archive.writestr("labels.npy", b"nor this")
+    with pytest.raises(DataError, match="holds 'images', which is no array"):
+        read_source(str(path), None, None)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,12 +61,17 @@ def build_architecture(
             f"has arguments in the file that make it read or download others: {', '.join(reaching_out)}.",
             f"If you trust it, say so yourself: --arch {name}, from Python arch={name!r}",
         )
+    if not isinstance(name, str) or not isinstance(arguments or {}, Mapping):
+        raise LoadError(
+            "architecture", f"is named {name!r} with arguments {arguments!r}; allowed are a name and a dict."
+        )
     builder = _find_builder(name, trusted)
     try:
         model = builder(**dict(arguments or {}))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise LoadError(
-            f"architecture '{name}'", f"refused the arguments {dict(arguments or {})}: {error}"
+            f"architecture '{name}'",
+            f"refused the arguments {dict(arguments or {})}: {_told(error)}",
         ) from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"architecture '{name}'", f"gave a {type(model).__name__}, not a torch.nn.Module.")
@@ -127,6 +133,14 @@ def _timm_builder(member: str) -> Callable[..., nn.Module]:
     return lambda **arguments: timm.create_model(member, pretrained=False, **arguments)
 
 
+def _told(error: BaseException) -> str:
+    """An error of the user's code by its kind, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [each for each in frames if not each.filename.startswith((sys.base_prefix, sys.prefix, "<"))]
+    at = own[-1] if own else frames[-1]
+    return f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+
+
 def _user_builder(source: str, member: str) -> Callable[..., nn.Module]:
     where = f"architecture '{source}:{member}'"
     folder = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
@@ -143,8 +157,14 @@ def _user_builder(source: str, member: str) -> Callable[..., nn.Module]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-    except (ImportError, SyntaxError, ValueError) as error:
-        raise LoadError(where, f"could not be imported: {error}") from error
+    except LoadError:
+        raise
+    except (Exception, SystemExit) as error:  # as above
+        raise LoadError(
+            where,
+            f"could not be imported: {_told(error)}",
+            "What a script does when it is started belongs under: if __name__ == '__main__':",
+        ) from error
     finally:
         sys.path.remove(folder)
     builder = getattr(module, member, None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="[default: 1, 8, 64]")
 @click.option(
-    "--threads", multiple=True, type=click.IntRange(min=0), help="0 takes all cores.  [default: 1, 0]"
+    "--threads", multiple=True, type=click.IntRange(0, 1024), help="0 takes all cores.  [default: 1, 0]"
 )
 @click.option(
     "--seconds",

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
@@ -21,6 +22,8 @@ COMMANDS = {
     "zoo": ("vbdcompress.cli.zoo", "List architectures, data sets and the networks at hand."),
 }
 INTERRUPTED = 130
+# What torch says of it, of the CPU and of a GPU
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")
 
 
 class _LazyGroup(click.Group):
@@ -75,6 +78,12 @@ def main(arguments: list[str] | None = None) -> None:
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
         _leave(2 if isinstance(error, ConfigError) else 1)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            raise
+        click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(f"there is not enough memory: {str(error).splitlines()[0]}", err=True)
+        _leave(1)
     except OSError as error:  # a full disk, a read-only folder
         if debug:
             raise

@@ -1,6 +1,7 @@
 """Options that several commands share, and those made from the fields of the configuration."""
 
 import ast
+import math
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -149,8 +150,12 @@ def parse_normalisation(mean: str | None, std: str | None) -> InputSpec | None:
         means, stds = (tuple(float(part) for part in text.split(",")) for text in (mean, std))
     except ValueError as error:
         raise ConfigError("normalisation", f"'{mean}', '{std}' are not numbers like 0.5,0.5,0.5") from error
-    if len(means) != len(stds) or min(stds) <= 0:
-        raise ConfigError("normalisation", "--mean and --std need as many numbers, and deviations above 0.")
+    finite = all(map(math.isfinite, (*means, *stds)))
+    if len(means) != len(stds) or not finite or min(stds) <= 0:
+        raise ConfigError(
+            "normalisation",
+            f"--mean {mean} and --std {std} must be as many finite numbers, the deviations above 0.",
+        )
     return InputSpec((), means, stds)
 
 

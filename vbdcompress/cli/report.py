@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from vbdcompress.errors import LoadError
+
 
 @click.command("report", short_help="Render a folder's report again.")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -16,10 +18,17 @@ def command(folder: Path) -> None:
     """
     from rich.console import Console
 
+    from vbdcompress.reporting.html import MALFORMED
     from vbdcompress.reporting.terminal import print_summary
     from vbdcompress.reporting.write import read_report, write_report
 
     content = read_report(folder)
-    write_report(content, folder)
-    print_summary(content, Console())
+    try:
+        write_report(content, folder)
+        print_summary(content, Console())
+    except MALFORMED as error:
+        raise LoadError(
+            f"file '{folder / 'report.json'}'",
+            f"lacks what a report holds, or holds it otherwise: {type(error).__name__}: {error}",
+        ) from error
     click.echo(f"Written: {folder / 'report.html'}")

@@ -20,6 +20,7 @@ from vbdcompress.cli.options import (
 )
 from vbdcompress.config import RunConfig, TrackerName
 from vbdcompress.errors import ConfigError, DataError
+from vbdcompress.files import is_text
 from vbdcompress.records import InputSpec, held_out
 
 if TYPE_CHECKING:
@@ -220,9 +221,9 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
     sources = reading.sources(loaded, data, config)
     origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}), loaded.plans)
     console = Console(quiet=not main)
-    _print_start(console, file, loaded, sources, config)
     workplace, tracker = Workplace(out / STATE, ways.resume), None
     try:
+        _print_start(console, file, loaded, sources, config)
         if ways.track and main:
             tracker = open_tracker(ways.track, out.name, out / TRACKING, config.model_dump(mode="json"))
         with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
@@ -268,6 +269,8 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         ConfigError: it exists and nobody said what to do with it.
     """
     state = out / STATE
+    if not is_text(str(out)):
+        raise ConfigError("run", f"--out {str(out)!a} is no UTF-8.", "Name another folder.")
     if out.exists() and not out.is_dir():
         raise ConfigError("run", f"--out '{out}' is a file.", "Name a folder.")
     if resume and not state.is_dir():

@@ -1,6 +1,8 @@
 """Folders of images: ROOT/CLASS/image, or ROOT/train/CLASS/image."""
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from vbdcompress.data.raw import RawImages, RawSet
 from vbdcompress.errors import DataError
+from vbdcompress.files import is_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # What people call the parts of a data set, in lower case
@@ -56,7 +59,13 @@ def read_folder(path: Path, image_size: int | None) -> RawSet:
 
 
 def _list_folders(path: Path) -> list[str]:
-    return sorted(item.name for item in path.iterdir() if item.is_dir() and not item.name.startswith("."))
+    names = sorted(item.name for item in path.iterdir() if item.is_dir() and not item.name.startswith("."))
+    for name in names:
+        if not is_text(name):
+            raise DataError(
+                f"data set '{path}'", f"has a folder {name!a}, whose name is no UTF-8.", "Rename it."
+            )
+    return names
 
 
 def _read_classes(path: Path, image_size: int | None) -> tuple[RawImages, tuple[str, ...]]:
@@ -65,6 +74,8 @@ def _read_classes(path: Path, image_size: int | None) -> tuple[RawImages, tuple[
     where = f"data set '{path}'"
     classes = _list_folders(path)
     files = [(file, label) for label, name in enumerate(classes) for file in _list_images(path / name)]
+    if image_size is not None:
+        _check_bytes(where, (3, image_size, image_size), len(files))
     if not files:
         held = f"{len(classes)} folders without images" if classes else "no folders"
         raise DataError(where, f"is no folder of class folders with images in them: it has {held}.")
@@ -76,12 +87,7 @@ def _read_classes(path: Path, image_size: int | None) -> tuple[RawImages, tuple[
     for file, _ in files:
         images.append(prepare(_read_image(file)).as_subclass(Tensor))
         first, found = images[0].shape, images[-1].shape
-        if first.numel() * len(files) > MAX_FOLDER_BYTES:
-            raise DataError(
-                where,
-                f"{len(files)} images of {tuple(first)} are more than {MAX_FOLDER_BYTES >> 30} GiB.",
-                "Use compress(model, loader) with a loader that reads them as it goes.",
-            )
+        _check_bytes(where, first, len(files))
         if found != first:
             raise DataError(
                 f"file '{file}'",
@@ -90,6 +96,15 @@ def _read_classes(path: Path, image_size: int | None) -> tuple[RawImages, tuple[
             )
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     return RawImages(torch.stack(images), labels, 255.0), tuple(classes)
+
+
+def _check_bytes(where: str, shape: Sequence[int], count: int) -> None:
+    if math.prod(shape) * count > MAX_FOLDER_BYTES:
+        raise DataError(
+            where,
+            f"{count} images of {tuple(shape)} are more than {MAX_FOLDER_BYTES >> 30} GiB.",
+            "Use compress(model, loader) with a loader that reads them as it goes.",
+        )
 
 
 def _list_images(folder: Path) -> list[Path]:

@@ -135,6 +135,9 @@ def _read_npz(path: Path) -> RawSet:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, BadZipFile, ZlibError, NotImplementedError) as error:
         raise DataError(where, f"can't be read as .npz: {error}") from error
+    odd = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
+    if odd:  # numpy hands on what is no .npy as bytes
+        raise DataError(where, f"holds '{odd[0]}', which is no array.")
     if not {"images", "labels"} <= set(arrays):
         raise DataError(
             where,

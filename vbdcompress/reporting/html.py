@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from vbdcompress.reporting import formatting
@@ -22,6 +22,8 @@ from vbdcompress.reporting.charts import (
 from vbdcompress.reporting.fit_charts import choose_histograms, draw_error, draw_histogram, draw_objective
 
 MAX_CURVE_ROWS = 11
+# What is raised where a report lacks a field of the schema, or has it otherwise
+MALFORMED = (UndefinedError, LookupError, TypeError, AttributeError, ValueError)
 SECTION_ROWS = 30  # a longer table starts folded
 FILTERS = {
     "count": formatting.format_count,
@@ -221,8 +223,21 @@ def _prepare_training(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "objective": Markup(draw_objective(segments, "objective")),
         "error": Markup(draw_error(segments, baseline, "error")),
+        "masked": _say_masked(report["stages"]),
         "segments": [
             {"name": name, "epochs": len(rows), "seconds": sum(row["seconds"] for row in rows)}
             for name, rows in segments
         ],
     }
+
+
+def _say_masked(stages: Sequence[Mapping[str, Any]]) -> str:
+    """At which log alpha the network was masked for each epoch's error; a budget cuts elsewhere later."""
+    told = []
+    for stage in stages:
+        at, cut = stage.get("logged_at"), stage["selection"]["threshold"]  # older reports do not say where
+        if at is not None:
+            later = "" if at == cut else f" (it was cut at {formatting.format_threshold(cut)} afterwards)"
+            told.append(f"{stage['mode']}: at a log alpha of {formatting.format_threshold(at)}{later}")
+    where = f" {'; '.join(told)}" if told else ""
+    return f"After each epoch of a posterior, masked{where}."
