@@ -36,6 +36,31 @@ def test_layer_sizes_attributes_macs_to_the_innermost_layer():
     assert macs == {"conv": 64 * 216, "depthwise": 64 * 72, "head": 1280}
 
 
+class LowRank(nn.Module):
+    """A product of parameters, one of the input by it, and a layer whose weight is another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return self.other(self.one(x @ (self.u @ self.v)))
+
+
+def test_layer_sizes_add_up_without_what_a_call_does_once():
+    model = LowRank()
+    rows = layer_sizes(model, torch.randn(2, 6))
+    size = measure_size(model, torch.randn(2, 6))
+    assert [(row.name, row.macs) for row in rows] == [("", 36), ("one", 36), ("other", 36)]
+    assert [row.parameters for row in rows] == [24, 42, 6]
+    assert (sum(row.parameters for row in rows), sum(row.macs for row in rows)) == (
+        size.parameters,
+        size.macs,
+    )
+
+
 def test_measure_size_leaves_mode_and_hooks_as_they_were():
     model = Net().train()
     measure_size(model, torch.randn(2, 3, 8, 8))

@@ -30,8 +30,8 @@ def warn_of_frozen(original: nn.Module, slimmed: nn.Module) -> list[str]:
         return []
     layers = dict.fromkeys(name.rpartition(".")[0] or name for name in changed)
     return [
-        "Frozen layers (requires_grad=False) were not trained, but cut, or multiplied by gates of what "
-        f"they read: {', '.join(map(repr, layers))}. --skip leaves a layer as it is."
+        "Frozen layers (requires_grad=False) were not trained, but cut, rounded, or multiplied by gates of "
+        f"what they read: {', '.join(map(repr, layers))}. --skip leaves a layer uncut."
     ]
 
 

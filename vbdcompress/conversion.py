@@ -122,7 +122,7 @@ def convert(
     for module in converted.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients are of no use where every weight has a KL
-    stored = tuple(_computed(converted, skip))
+    stored = tuple(computed_weights(converted, skip))
     store_weights_(converted, stored)
     example = map_tensors(example, lambda tensor: tensor.detach().cpu())
     names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
@@ -150,8 +150,8 @@ def convert(
     return Converted(converted, mode, rows, scan, example, stored)
 
 
-def _computed(model: nn.Module, skip: Sequence[str]) -> Iterator[str]:
-    """Modules whose weights are computed by parametrizations of the user's own."""
+def computed_weights(model: nn.Module, skip: Sequence[str]) -> Iterator[str]:
+    """Names of modules whose weights parametrizations of the user's own compute, but for what is skipped."""
     for name, module in model.named_modules():
         ours = any(isinstance(inner, SampledWeight) for inner in module.modules())
         if parametrize.is_parametrized(module) and not ours and not _is_skipped_in_part(name, skip):

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vbdcompress.compare import flatten_output
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, batch_size, call, in_eval_mode
+from vbdcompress.inputs import Inputs, batch_size, call, in_eval_mode, resize
 from vbdcompress.records import LayerSize, Size
+from vbdcompress.surgery.groups import TRACE_ERRORS
 
 FLOAT_BYTES = 4
 
@@ -43,12 +44,17 @@ def measure_size(model: nn.Module, example: Inputs) -> Size:
 
 
 def layer_sizes(model: nn.Module, example: Inputs) -> tuple[LayerSize, ...]:
-    """Each layer that owns parameters; MACs of one example."""
+    """Each layer that owns parameters or multiplies by itself; MACs of one example.
+
+    They add up: what two layers share counts for the first.
+    """
     macs = _count_macs(model, example)
-    rows = []
+    rows, counted = [], set[int]()
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own:
+        held = list(module.parameters(recurse=False))
+        if held or macs.get(name):
+            own = [parameter for parameter in held if id(parameter) not in counted]
+            counted |= {id(parameter) for parameter in own}
             nonzeros = sum(int(parameter.count_nonzero()) for parameter in own)
             count = sum(parameter.numel() for parameter in own)
             rows.append(LayerSize(name, type(module).__name__, count, nonzeros, macs.get(name, 0)))
@@ -74,12 +80,25 @@ def unused_parameters(model: nn.Module, example: Inputs) -> frozenset[str]:
 
 
 def _count_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
-    """Innermost module -> MACs of one example: half the FLOPs that torch counts."""
+    """Innermost module -> MACs of one example: half the FLOPs that torch counts.
+
+    By what twice the batch takes more: a product of parameters alone is a constant in the file.
+    """
+    size = batch_size(example)
+    once = _count_flops(model, example)
+    try:
+        twice = _count_flops(model, resize(example, 2 * size))
+    except TRACE_ERRORS:  # a batch of a fixed size, as of all nodes of a graph
+        return {name: flops // (2 * size) for name, flops in once.items()}
+    return {name: (flops - once.get(name, 0)) // (2 * size) for name, flops in twice.items()}
+
+
+def _count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
+    """Innermost module -> FLOPs of one call."""
     counter = _ByModule(model)
     with _in_the_open(model), counter.hooks(), counter.mode:
-        call(model, to_device(example, device_of(model)))
-    batch = batch_size(example)
-    return {name: flops // (2 * batch) for name, flops in counter.flops.items()}
+        call(model, to_device(inputs, device_of(model)))
+    return counter.flops
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vbdcompress.config import RunConfig
 from vbdcompress.errors import DataError
-from vbdcompress.inputs import call, in_eval_mode, map_tensors
+from vbdcompress.inputs import call, in_eval_mode, map_tensors, tensors_of
 
 Loss = Callable[[Any, Any], Tensor]
 Metric = Callable[[Any, Any], Tensor]
@@ -123,6 +123,16 @@ def whole_float32(device: torch.device) -> Iterator[None]:
             part.fp32_precision = precision
 
 
+def _count_unfit(inputs: Any) -> Tensor | int:
+    """Examples that hold NaN or infinity."""
+    real = [tensor for tensor in tensors_of(inputs) if tensor.is_floating_point() and tensor.dim()]
+    unfit = [
+        ~tensor.isfinite().flatten(1).all(1) if tensor.dim() > 1 else ~tensor.isfinite() for tensor in real
+    ]
+    alike = [each for each in unfit if len(each) == len(unfit[0])]
+    return torch.stack(alike).any(0).sum() if alike else 0
+
+
 @torch.no_grad()
 def measure_error(
     model: nn.Module, batches: Iterable[Any], metric: Metric = top1_error, *, bounded: bool = False
@@ -132,13 +142,13 @@ def measure_error(
     Args:
         batches: yields (input, target).
         metric: (output, target) -> [batch], each example's error in [0, 1].
-        bounded: look whether they are; a network that was cut to noise may exceed a scale that is made for
-            trained ones.
+        bounded: look whether they are, and whether the inputs are numbers; a network that was cut to noise
+            may exceed a scale that is made for trained ones.
     Raises:
-        DataError: no batch came, or the metric gives NaN, or errors beyond 0 and 1 that were looked for.
+        DataError: no batch came, or the metric gives NaN; or what was looked for.
     """
     device = device_of(model)
-    total, beyond = torch.zeros(2, dtype=torch.float64, device=device)
+    total, beyond, unfit = torch.zeros(3, dtype=torch.float64, device=device)
     count = 0
     with in_eval_mode(model), whole_float32(device):
         for batch in batches:
@@ -146,9 +156,13 @@ def measure_error(
             errors = metric(call(model, inputs), target)
             total += errors.double().sum()
             beyond += ((errors < -ROUNDING) | (errors > 1 + ROUNDING)).sum()
+            if bounded:
+                unfit += _count_unfit(inputs)
             count += errors.numel()
     if count == 0:
         raise DataError("evaluation", "the set is empty: no batch came.")
+    if unfit:
+        raise DataError("evaluation", f"{int(unfit)} of {count} examples hold NaN or infinite values.")
     error = 100.0 * float(total) / count
     if not math.isfinite(error):
         raise DataError(

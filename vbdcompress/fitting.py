@@ -21,7 +21,7 @@ from vbdcompress.data.sharing import share
 from vbdcompress.devices import check_same_start, named_loss_of_a_process, share_buffers_, start_fabric
 from vbdcompress.distillation import teach
 from vbdcompress.dropout import scaled_dropout
-from vbdcompress.errors import FitError
+from vbdcompress.errors import ConfigError, FitError
 from vbdcompress.evaluation import (
     Loss,
     Metric,
@@ -31,7 +31,7 @@ from vbdcompress.evaluation import (
     top1_error,
     with_gradients,
 )
-from vbdcompress.inputs import Inputs
+from vbdcompress.inputs import Inputs, check_network
 from vbdcompress.layout import has_layout, lay_out_, lay_out_fast_
 from vbdcompress.opening import Opened
 from vbdcompress.optimization import make_optimizer
@@ -43,11 +43,19 @@ from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, set_threshold_
 
 @dataclass(frozen=True)
 class FitResult:
-    """The fitted network (the same object, trained in place), its log; whether this is the main process."""
+    """What a fit gives.
+
+    Attributes:
+        model: the fitted network, the same object, trained in place.
+        epochs: the log.
+        is_main: whether this is the main process.
+        restored: how many of the epochs a checkpoint held.
+    """
 
     model: nn.Module
     epochs: tuple[EpochRow, ...]
     is_main: bool
+    restored: int = 0
 
 
 @with_gradients()
@@ -88,7 +96,7 @@ def fit(
             asked for and fails, or one of several processes died.
         DataError: the loader is empty, or gives its batches only once.
     """
-    config = config or FitConfig()
+    config = _checked(model, config)
     fabric = start_fabric(config)
     for batches in (loader, validation):
         check_repeatable(batches)
@@ -119,17 +127,18 @@ def fit(
         )
         state = FitState(fabric, config, elbo, optimizer, checkpoint)
         rows = state.restore()
-        check_same_start(fabric, len(rows))
+        restored = len(rows)
+        check_same_start(fabric, restored)
         if listener is not None:
-            listener.on_start(_title(model, len(rows), keep_zeros), config.epochs)
-        for epoch in range(len(rows), config.epochs):
-            nll, kl, seconds = run.epoch(epoch)
+            listener.on_start(_title(model, restored, keep_zeros), config.epochs)
+        for epoch in range(restored, config.epochs):
+            nll, kl, seconds, examples = run.epoch(epoch)
             _check_finite(epoch, nll, kl, model, state.saved)
             set_threshold_(model, threshold)
             error = None
             if validation is not None:
                 error = measure_error(model, _cast(validation, fabric, config), metric)
-            beta, rate, speed = run.beta(epoch), config.lr * run.rate(epoch), total / seconds
+            beta, rate, speed = run.beta(epoch), config.lr * run.rate(epoch), examples / seconds
             sparsity = _sparsity(model, threshold)
             rows.append(EpochRow(epoch + 1, nll, kl, beta, error, sparsity, rate, seconds, speed))
             state.keep(rows)
@@ -143,7 +152,17 @@ def fit(
     lay_out_(model, torch.contiguous_format)
     forget_graph_(model)
     model.eval()
-    return FitResult(model, tuple(rows), fabric.is_global_zero)
+    return FitResult(model, tuple(rows), fabric.is_global_zero, restored)
+
+
+def _checked(model: nn.Module, config: FitConfig | None) -> FitConfig:
+    """The configuration. Raises ConfigError where it is none, or the model is no network."""
+    check_network("fit", model)
+    config = FitConfig() if config is None else config
+    if not isinstance(config, FitConfig):
+        told = f"config is a {type(config).__name__}, allowed is a FitConfig."
+        raise ConfigError("fit", told, "vbdcompress.FitConfig(epochs=10)")
+    return config
 
 
 def _dropout_share(config: FitConfig, teacher: nn.Module | None) -> float:

@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.errors import FitError
+from vbdcompress.errors import ConfigError, FitError
 
 # Tensor, a tuple or list of inputs, or a mapping from names to them
 Inputs = Any
+
+
+def check_network(where: str, model: object) -> None:
+    """Raise ConfigError where what is given is no network, as what `convert` gives is not by itself."""
+    if not isinstance(model, nn.Module):
+        inner = isinstance(getattr(model, "model", None), nn.Module)
+        advice = "Its attribute `model` is one." if inner else ""
+        raise ConfigError(where, f"is given a {type(model).__name__}, allowed is an nn.Module.", advice)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -109,8 +117,13 @@ def first(inputs: Inputs, count: int) -> Inputs:
 
 
 def resize(inputs: Inputs, count: int) -> Inputs:
-    """As many examples as asked for, the given ones over and over."""
-    return map_tensors(inputs, lambda tensor: tensor[torch.arange(count) % len(tensor)].contiguous())
+    """As many examples as asked for, the given ones over and over; a number beside them as it is."""
+
+    def repeat(tensor: Tensor) -> Tensor:
+        places = torch.arange(count, device=tensor.device) % len(tensor)
+        return tensor[places].contiguous()
+
+    return map_tensors(inputs, lambda tensor: repeat(tensor) if tensor.dim() else tensor)
 
 
 def shapes_of(inputs: Inputs) -> list[tuple[int, ...]]:

@@ -17,6 +17,7 @@ from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, first, in_eval_mode, shapes_of, tensors_of
 from vbdcompress.surgery.groups import TRACE_ERRORS
+from vbdcompress.vbd.posterior import find_posteriors
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -139,6 +140,8 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
         ConvertError: it has no weights yet, holds NaN, fails on the example, or runs on layers of `of`.
     """
     _check_parameters(model)
+    if any(tensor.dim() and not len(tensor) for tensor in tensors_of(example)):
+        raise ConvertError("convert", "the example is empty, allowed is a batch of at least one.")
     called, foreign = set[str](), set[str]()
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -170,7 +173,16 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
 
 
 def _check_parameters(model: nn.Module) -> None:
-    """Raise ConvertError where there are none, or they are no numbers that a posterior can be learned on."""
+    """Raise ConvertError where there are none, or they are no numbers that a posterior can be learned on.
+
+    Or where they have posteriors already.
+    """
+    if find_posteriors(model):
+        raise ConvertError(
+            "convert",
+            "the network is converted already: its weights or channels have posteriors.",
+            "slim(converted).model cuts it, converted.undo() gives the plain network.",
+        )
     for name, module in model.named_modules():
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise ConvertError(

@@ -17,9 +17,10 @@ from vbdcompress.budget import warn_of_undecided
 from vbdcompress.cautions import warn_of_frozen, warn_of_one_class, warn_of_shapes
 from vbdcompress.choosing import FileSize
 from vbdcompress.config import RunConfig, make_config
+from vbdcompress.conversion import computed_weights
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
-from vbdcompress.data.loaders import drawn_from, seed_generators
+from vbdcompress.data.loaders import drawn_from, seed_generators, whole
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError, ExportError
 from vbdcompress.evaluation import Judge, Loss, Metric, cross_entropy, to_device, top1_error, with_gradients
@@ -100,6 +101,7 @@ def compress(
     if unpack is not None:
         loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
         test = None if test is None else Unpacked(test, unpack)
+    validation, test = whole(validation), None if test is None else whole(test)
     check_parts(loader, validation, test)
     record = DataRecord(
         None,
@@ -161,7 +163,7 @@ def _run_stages(
     wait_for_all(fabric)
     scratch = Scratch()
     path, name = scratch.folder / ORIGINAL_FILE, sources.input.name
-    before, others = _original_size(original, path, samples, found, name)
+    before, others = _original_size(original, path, samples, found, name, config.skip)
     sizes = FileSize(config, original, before.bytes, samples, sources, others)
     run = StageRunner(sources, original, config, judge, workplace, before, sizes, fabric.device)
     baseline = run.baseline(original)
@@ -187,10 +189,11 @@ def _run_stages(
             *warn_of_shapes(samples, found, others),
             *warn_of_frozen(original, current),
             *(warn_of_one_class(original, current, samples) if judge.metric is top1_error else ()),
+            *run.told,
             *run.excess(current, rounding, errors),
             *(told for n, stage in enumerate(done) for told in warn_of_undecided(stage.record, config, n)),
         ],
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started + run.earlier,
         device=str(fabric.device),
     )
     content = report(original, current, first(samples, 2), (before, sizes.measure(current)), context)
@@ -213,7 +216,12 @@ def _claim(
 
 
 def _original_size(
-    model: nn.Module, path: Path, samples: Inputs, others: Sequence[Inputs], input_name: str
+    model: nn.Module,
+    path: Path,
+    samples: Inputs,
+    others: Sequence[Inputs],
+    input_name: str,
+    skip: Sequence[str],
 ) -> tuple[Size, Sequence[Inputs]]:
     """Size of the network that came in, as its own ONNX file holds it, and what else that file takes."""
     if not are_alike([samples, *others]):
@@ -225,5 +233,6 @@ def _original_size(
             raise
         others = ()  # its code may take one shape alone once it is traced
         check = export_onnx(model, path, samples, input_name=input_name)
-    store_weights_(stored := copy_of(model))
+    stored = copy_of(model)
+    store_weights_(stored, tuple(computed_weights(stored, skip)))  # as the slim network's, which are kept
     return replace(measure_size(stored, first(samples, 2)), bytes=check.bytes), others

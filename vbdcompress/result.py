@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from vbdcompress.config import RunConfig
+from vbdcompress.errors import ExportError
 from vbdcompress.evaluation import Metric
-from vbdcompress.exporting.export import export, file_properties, write_onnx
+from vbdcompress.exporting.export import export, file_properties, make_folder, write_onnx
 from vbdcompress.exporting.int8 import first_batches, measure_file_error, quantize_int8
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import inputs_for
-from vbdcompress.files import Scratch
+from vbdcompress.files import Scratch, replacing_files
 from vbdcompress.inputs import Inputs
 from vbdcompress.precision import Rounding
 from vbdcompress.records import InputSpec
@@ -85,10 +86,21 @@ class Result:
     def export(self, folder: str | Path) -> dict[str, Any]:
         """Write model.onnx, slim.safetensors, report.json and report.html; returns the full report.
 
+        All are there together, or, where it fails, what was there before. Where --int8's file can't be
+        made, the report says so.
+
         Raises:
             ExportError: the ONNX file does not equal the network; it is not kept.
         """
         folder = Path(folder)
+        make_folder(folder)
+        with replacing_files(folder) as new:
+            content = self._write(new)
+            (folder / INT8_FILE).unlink(missing_ok=True)  # of an earlier run: it would be another network's
+        self.report.update(content)
+        return content
+
+    def _write(self, folder: Path) -> dict[str, Any]:
         files, origin, sources = self.files, self.files.origin, self.files.sources
         spec = sources.input
         check = export(
@@ -121,12 +133,14 @@ class Result:
             (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
         )
         content = with_export(self.report, check, latency)
-        (folder / INT8_FILE).unlink(missing_ok=True)  # of an earlier run: it would be another network's
         if files.config.int8:
-            content = content | {"int8": self._export_int8(folder, spec, given)}
-            content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
+            try:
+                content["int8"] = self._export_int8(folder, spec, given)
+                content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
+            except ExportError as error:
+                (folder / INT8_FILE).unlink(missing_ok=True)
+                content["warnings"] = [*content["warnings"], f"There is no {INT8_FILE}: {error}"]
         write_report(content, folder)
-        self.report.update(content)
         return content
 
     def _export_int8(self, folder: Path, spec: InputSpec, given: Inputs) -> dict[str, Any]:

@@ -35,6 +35,11 @@ CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
 DEFAULT_THRESHOLD = 0.0
 
 
+def logged_at(threshold: float | None) -> float:
+    """Threshold for the epoch log's error and sparsity, while a budget has not chosen yet."""
+    return DEFAULT_THRESHOLD if threshold is None else threshold
+
+
 @dataclass(frozen=True)
 class Slim:
     """A network cut down.
@@ -63,9 +68,12 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
         threshold: None takes 0.
         round_to: keep a multiple of this many channels of each group, where it has so many.
     Raises:
-        ConfigError: the threshold is NaN, or `round_to` below 1.
+        ConfigError: the threshold is NaN, `round_to` below 1, or it is no converted network.
         SlimError: the two differ: a defect, better a stop than a wrong network.
     """
+    if not isinstance(converted, Converted):
+        told = f"is given a {type(converted).__name__}, allowed is what `convert` gave."
+        raise ConfigError("slim", told, "slim(converted), not slim(converted.model)")
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
     if math.isnan(chosen) or round_to < 1:
         told = f"threshold = {chosen:g}, round_to = {round_to}"

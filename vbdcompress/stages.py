@@ -13,8 +13,9 @@ from vbdcompress.choosing import Candidates, FileSize, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.devices import of_main, start_fabric
-from vbdcompress.errors import SlimError
+from vbdcompress.errors import DataError, SlimError
 from vbdcompress.evaluation import Judge, measure_error
+from vbdcompress.exporting.preprocessing import as_served
 from vbdcompress.fitting import FitResult, fit
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.norms import CURVE_EXAMPLES, STATISTICS_EXAMPLES, reestimate_batch_norm_
@@ -23,8 +24,8 @@ from vbdcompress.precision import Rounding, round_model_
 from vbdcompress.records import TIE, CurvePoint, EpochRow, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
-    DEFAULT_THRESHOLD,
     Slim,
+    logged_at,
     measure_curve,
     posterior_sigma,
     slim,
@@ -97,6 +98,7 @@ class StageRunner:
         with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws its first batch
             _, target = first_batch(self.sources.validation, "validation")
         self.judged = describe_judgement(judge.metric, target)
+        self.told, self.earlier = list[str](), 0.0  # warnings; seconds of epochs that a checkpoint held
 
     def error(self, model: nn.Module, batches: Iterable[Any], *, bounded: bool = False) -> float:
         """Error in percent, measured on the run's device."""
@@ -135,7 +137,7 @@ class StageRunner:
             log_sigma2=config.log_sigma2,
             cost=config.cost,
         )
-        step, told = f"{number + 1}-{mode}", _log_threshold(config)
+        step, told = f"{number + 1}-{mode}", logged_at(config.threshold)
         gone = mode == "channels" and self.config.rounds[0].mode == "weights"  # what the first round took
         fitted = self._fit(converted.model, config, step, threshold=told, keep_zeros=gone)
         choice, slimmed = self._choose(converted, fitted, number, step, baseline)
@@ -168,7 +170,7 @@ class StageRunner:
             self.validate,
             prepare=self.prepare,
             size_of=self.files.measure,
-            asked=_log_threshold(config),
+            asked=logged_at(config.threshold),
             round_to=config.round_to,
             tell=self.workplace.on_cut if fitted.is_main else None,
         )
@@ -218,11 +220,12 @@ class StageRunner:
             log_alpha_histogram(converted.model),
             config.cost if config.mode == "channels" else "none",
             self._distillation(),
+            logged_at(config.threshold),
         )
 
     def _fit(self, model: nn.Module, config: RunConfig, step: str, **options: Any) -> FitResult:
         """Fit a network, in place, on the run's data and teacher; `step` names its checkpoint."""
-        return fit(
+        fitted = fit(
             model,
             self.sources.train,
             config,
@@ -235,6 +238,8 @@ class StageRunner:
             listener=self.workplace.listener,
             **options,
         )
+        self.earlier += sum(row.seconds for row in fitted.epochs[: fitted.restored])
+        return fitted
 
     def _distillation(self) -> dict[str, float] | None:
         if self.teacher is None:
@@ -243,8 +248,7 @@ class StageRunner:
 
     def finetune(self, model: nn.Module) -> tuple[EpochRow, ...]:
         """Ordinary training of the slim network, in place; zeros stay 0, and what is frozen as it is."""
-        frozen = not any(parameter.requires_grad for parameter in model.parameters())
-        if frozen or not self.config.finetune_epochs:
+        if not self.config.finetune_epochs or not any(each.requires_grad for each in model.parameters()):
             return ()
         epochs, lr = self.config.finetune_epochs, self.config.lr_finetune
         config = self.config.model_copy(update={"epochs": epochs, "lr": lr, "schedule": "linear"})
@@ -283,13 +287,13 @@ class StageRunner:
 
     def final_errors(self, original: nn.Module, slimmed: nn.Module, baseline: float) -> ErrorRecord:
         """Validation and, for the first and only time, test error of both networks."""
-        after = self.validate(slimmed)
-        if self.sources.test is None:
+        spec, validation, test = self.sources.input, self.sources.validation, self.sources.test
+        after = self.error(slimmed, as_served(validation, spec))
+        if test is None:
             return ErrorRecord(baseline, after)
-        tested = [self.error(model, self.sources.test) for model in (original, slimmed)]
-        return ErrorRecord(baseline, after, tested[0], tested[1])
-
-
-def _log_threshold(config: RunConfig) -> float:
-    """Threshold for the epoch log's error and sparsity, while a budget has not chosen yet."""
-    return DEFAULT_THRESHOLD if config.threshold is None else config.threshold
+        try:
+            before = self.error(original, test, bounded=True)
+        except DataError as error:
+            self.told.append(f"The test set, {error}")
+            before = self.error(original, test)
+        return ErrorRecord(baseline, after, before, self.error(slimmed, as_served(test, spec)))

@@ -89,8 +89,8 @@ class EpochRunner:
         factors = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
         return factors[self.config.schedule]
 
-    def epoch(self, epoch: int) -> tuple[float, float, float]:
-        """One pass over the training set: mean NLL and KL in nats per example, and seconds."""
+    def epoch(self, epoch: int) -> tuple[float, float, float, int]:
+        """One pass over the training set: mean NLL and KL in nats per example, seconds, and examples."""
         fabric, config = self.fabric, self.config
         # Of (seed, epoch, rank) alone, so that a resumed fit draws what an unbroken one would
         seed = config.seed * 1_000_003 + epoch
@@ -107,10 +107,10 @@ class EpochRunner:
         sums = torch.zeros(2, device=fabric.device)
         train_(self.module)
         steps = _count_steps(self.batches)
-        count, started = 0, time.perf_counter()
+        count, seen, started = 0, 0, time.perf_counter()
         for inputs, target, examples in self.shares():
             sums += self.step(inputs, target, beta)
-            count += 1
+            count, seen = count + 1, seen + examples * fabric.world_size
             if self.listener is not None:
                 self.listener.on_step(epoch + 1, count, steps, examples * fabric.world_size)
         if count == 0:
@@ -119,7 +119,7 @@ class EpochRunner:
         if fabric.world_size > 1:
             mean = fabric.all_reduce(mean, reduce_op="mean")  # type: ignore[assignment]
         nll, kl = mean.tolist()
-        return nll, kl, time.perf_counter() - started
+        return nll, kl, time.perf_counter() - started, seen
 
     def shares(self) -> Iterator[tuple[Any, Any, int]]:
         """This process's inputs, targets and number of examples, on its device, batch by batch."""

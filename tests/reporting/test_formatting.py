@@ -37,7 +37,9 @@ def test_format_ratio_rounds_before_it_chooses(value, text):
     [
         (5.5, "5.5\N{MULTIPLICATION SIGN} smaller"),
         (0.5, "2.0\N{MULTIPLICATION SIGN} larger"),
-        (1.001, "unchanged"),
+        (1, "unchanged"),
+        (1.004, "under 1% smaller"),
+        (0.996, "under 1% larger"),
         (0, formatting.MISSING),
         (None, formatting.MISSING),
     ],

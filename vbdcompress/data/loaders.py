@@ -11,6 +11,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -48,6 +49,16 @@ class Unpacked:
     def set_epoch(self, epoch: int) -> None:
         """Tell the loader which epoch it is, where it asks."""
         set_epoch(self.loader, epoch)
+
+
+def whole(loader: Any) -> Any:
+    """A loader to measure on: with its last, smaller batch, which one to train on may leave out."""
+    if isinstance(loader, Unpacked):
+        return Unpacked(whole(loader.loader), loader.unpack)
+    if not isinstance(loader, DataLoader) or not loader.drop_last:
+        return loader
+    order = {} if isinstance(loader.dataset, IterableDataset) else {"sampler": loader.sampler}
+    return reload(loader, loader.dataset, batch_size=loader.batch_size, **order)
 
 
 def on_device(batches: Any, device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from vbdcompress.exporting.slim_file import SlimFile, save_slim
 from vbdcompress.inputs import Inputs, example_shape, names_of
 from vbdcompress.records import ExportCheck, InputSpec
 from vbdcompress.surgery.slice import RemovalPlan
+from vbdcompress.vbd.posterior import find_posteriors
 from vbdcompress.versions import version_of
 
 
@@ -50,14 +51,16 @@ def export(
             have seen it, and "examples" that were split.
         storage: see `export_onnx`.
     Raises:
-        ExportError: see `export_onnx`; then neither file is written.
+        ExportError: see `export_onnx`, or the network has posteriors; then neither file is written.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
+    if find_posteriors(model):
         raise ExportError(
-            f"export to '{folder}'", "is a file; allowed is a folder, made where it is missing."
+            "export",
+            "the network is a converted one, from which nothing was removed.",
+            "export(slim(converted).model, ...), or converted.undo() for the plain network",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     spec = input or InputSpec(example_shape(samples))
     check = write_onnx(model, folder / "model.onnx", samples, spec, storage, others)
     header = SlimFile(
@@ -71,6 +74,15 @@ def export(
     )
     save_slim(folder / "slim.safetensors", model, header)
     return check
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write to. Raises ExportError where it is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(
+            f"export to '{folder}'", "is a file; allowed is a folder, made where it is missing."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_onnx(

@@ -1,5 +1,8 @@
 """The normalisation inside the network: a file that takes pixels as they come from a picture."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +40,26 @@ def inputs_for(spec: InputSpec, inputs: Inputs) -> Inputs:
     return to_pixels(inputs, spec) if spec.embedded else inputs
 
 
+def as_served(batches: Iterable[Any], spec: InputSpec) -> Iterator[Any]:
+    """(input, target) batches as the file's network sees them: one of pixels rounds what were no bytes."""
+    for inputs, target in batches:
+        if spec.embedded:
+            mean, std = _of_channels(spec, inputs.device)
+            yield (to_pixels(inputs, spec).float() / PIXEL_MAX - mean) / std, target
+        else:
+            yield inputs, target
+
+
+def _of_channels(spec: InputSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, broadcastable to a batch."""
+    shape = [-1, *[1] * (len(spec.shape) - 1)]
+    mean, std = (torch.tensor(values, device=device).view(shape) for values in (spec.mean, spec.std))
+    return mean, std
+
+
 def check_pixels(inputs: Tensor, spec: InputSpec) -> None:
     """Raise ConfigError where normalised inputs did not come from pixels, so that none give them back."""
-    shape = [-1, *[1] * (len(spec.shape) - 1)]
-    mean, std = (torch.tensor(values).view(shape) for values in (spec.mean, spec.std))
+    mean, std = _of_channels(spec, torch.device("cpu"))
     brightness = inputs.cpu() * std + mean
     low, high = float(brightness.min()), float(brightness.max())
     outside = (brightness < -ROUNDING) | (brightness > 1 + ROUNDING)
@@ -57,6 +76,5 @@ def to_pixels(inputs: Tensor, spec: InputSpec) -> Tensor:
 
     To the bit where they were bytes; what was measured finer is rounded.
     """
-    shape = [-1, *[1] * (len(spec.shape) - 1)]
-    mean, std = (torch.tensor(values, device=inputs.device).view(shape) for values in (spec.mean, spec.std))
+    mean, std = _of_channels(spec, inputs.device)
     return ((inputs * std + mean) * PIXEL_MAX).round().clamp(0, PIXEL_MAX).to(torch.uint8)

@@ -45,6 +45,7 @@ class StageRecord:
     Attributes:
         cost: what weighed the KL of a channel.
         distillation: {"share", "temperature"} of following the original's outputs; None: the labels alone.
+        logged_at: log alpha at which the network was masked for each epoch's error and sparsity.
     """
 
     mode: str
@@ -58,6 +59,7 @@ class StageRecord:
     log_alpha: dict[str, Any]
     cost: str = "none"
     distillation: dict[str, float] | None = None
+    logged_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -248,17 +250,15 @@ def _with_layers_of(slim: nn.Module, original: nn.Module) -> nn.Module:
 
 def _layer_rows(original: nn.Module, slim: nn.Module, example: Inputs) -> list[dict[str, Any]]:
     after = {row.name: row for row in layer_sizes(slim, example)}
-    rows = []
-    for row in layer_sizes(original, example):
-        rows.append(
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "before": _layer_part(original, row),
-                "after": _layer_part(slim, after[row.name]),
-            }
-        )
-    return rows
+    return [
+        {
+            "name": row.name or "(its own code)",
+            "kind": row.kind,
+            "before": _layer_part(original, row),
+            "after": _layer_part(slim, after.get(row.name, replace(row, parameters=0, nonzeros=0, macs=0))),
+        }
+        for row in layer_sizes(original, example)
+    ]
 
 
 def _layer_part(model: nn.Module, row: LayerSize) -> dict[str, Any]:
@@ -274,6 +274,7 @@ def _stage_content(stage: StageRecord) -> dict[str, Any]:
         "beta": stage.beta,
         "cost": stage.cost,
         "distillation": stage.distillation,
+        "logged_at": stage.logged_at,
         "table": [asdict(row) for row in stage.table],
         "groups": [asdict(row) for row in stage.groups],
         "epochs": [asdict(row) for row in stage.epochs],

@@ -41,11 +41,13 @@ def format_ratio(value: float | None) -> str:
 
 
 def format_change(value: float | None, better: str, worse: str) -> str:
-    """before / after in words: (5.5, 'smaller', 'larger') -> '5.5× smaller'; 0.5 -> '2.0× larger'."""
+    """before / after in words: 5.5 -> '5.5× smaller', 0.5 -> '2.0× larger', 1.004 -> 'under 1% smaller'."""
     if value is None or value <= 0:
         return MISSING
-    if 0.995 <= value < 1.005:
+    if value == 1:
         return "unchanged"
+    if 0.995 <= value < 1.005:
+        return f"under 1% {better if value > 1 else worse}"
     return f"{format_ratio(value)} {better}" if value > 1 else f"{format_ratio(1 / value)} {worse}"
 
 

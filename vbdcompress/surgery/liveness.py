@@ -8,12 +8,14 @@ alone; the one thing measured is the value of that constant behind norms and act
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, first, input_of, map_tensors, tensors_of
 from vbdcompress.surgery.groups import NOT_HERE, TRACE_ERRORS, ChannelGroup, Member
 from vbdcompress.surgery.plan import plan_removed
@@ -199,16 +201,35 @@ def other_sizes(model: nn.Module, example: Inputs) -> list[Inputs]:
         example: a batch of inputs.
     """
     found = []
+    widths = _gathered_widths(model, example)
     for size in sorted({n for tensor in tensors_of(example) for n in tensor.shape[1:] if n > 1}):
         for change in (partial(_halved, size=size), partial(_doubled, size=size)):
             other = map_tensors(first(example, 2), change)
             try:
-                call(model, other)
+                same = _gathered_widths(model, other) == widths
             except TRACE_ERRORS:
                 continue  # a size that is fixed, as numbers of channels are
-            found.append(other)
-            break
+            if same:
+                found.append(other)
+                break
     return found
+
+
+def _gathered_widths(model: nn.Module, inputs: Inputs) -> list[int]:
+    """What layers that pick features are given: a gather takes any width, which the whole layer would not."""
+    widths: list[int] = []
+
+    def note(_: nn.Module, args: Any) -> None:
+        widths.append(args[0].shape[-1])
+
+    gathers = [module for module in model.modules() if isinstance(module, GatherLinear)]
+    hooks = [module.register_forward_pre_hook(note) for module in gathers]
+    try:
+        call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return widths
 
 
 def _halved(tensor: Tensor, size: int) -> Tensor:

@@ -13,7 +13,9 @@ def matches_skip(name: str, skip: Sequence[str]) -> bool:
 
 
 def check_skip(model: nn.Module, skip: Sequence[str]) -> None:
-    """Raise ConvertError for a name to skip that no module or parameter has."""
+    """Raise ConvertError for a name to skip that nothing has, or a bare name instead of a list of them."""
+    if isinstance(skip, str):
+        raise ConvertError("skip", f"is {skip!r}, allowed is a list of names.", f"skip=[{skip!r}]")
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     for entry in skip:
         if entry not in names or not entry:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.errors import ConfigError, FitError
-from vbdcompress.inputs import call
+from vbdcompress.inputs import call, check_network
 from vbdcompress.vbd.kl import PRIORS, kl_sum
 from vbdcompress.vbd.posterior import find_posteriors
 
@@ -37,7 +37,7 @@ class ELBO(nn.Module):
         num_data: number of training examples, over all processes.
         prior: "vbd" or "vd".
     Raises:
-        ConfigError: there is no such prior.
+        ConfigError: there is no such prior, no training example, or the model is no network.
         FitError: at a call, where the loss is no single number.
     """
 
@@ -47,6 +47,9 @@ class ELBO(nn.Module):
         super().__init__()
         if prior not in PRIORS:
             raise ConfigError("ELBO", f"prior = {prior!r}, allowed are {' and '.join(map(repr, PRIORS))}.")
+        check_network("ELBO", model)
+        if not num_data > 0:
+            raise ConfigError("ELBO", f"num_data = {num_data}, allowed is the number of training examples.")
         self.model = model
         self.loss = loss
         self.num_data = num_data
