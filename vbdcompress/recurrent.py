@@ -60,6 +60,9 @@ class StackedRecurrent(nn.Module):
         own = slice(number * directions, (number + 1) * directions)
         if hx is None:
             return None
+        parts = (hx,) if isinstance(hx, Tensor) else hx
+        if any(len(part) != directions * len(self.layers) for part in parts):
+            raise ValueError("the first state is of the last layer alone: layers have unlike units.")
         return hx[own] if isinstance(hx, Tensor) else tuple(part[own] for part in hx)
 
 
@@ -87,16 +90,17 @@ def _layer_of(original: nn.RNNBase, number: int) -> nn.RNNBase:
 
 
 class _Narrow:
-    """A recurrent layer that was cut, and picks its own units of the first states that it may be given.
+    """A recurrent layer that was cut, and picks its own units of first states made for all that there were.
 
-    `units` [hidden_size] says which.
+    `units` [hidden_size] says which. A state that it gave itself is taken as it is.
     """
 
     units: Tensor
+    hidden_size: int
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         if hx is not None:
-            hx = tree_map(lambda state: state[..., self.units], hx)
+            hx = tree_map(lambda s: s if s.shape[-1] == self.hidden_size else s[..., self.units], hx)
         output: tuple[Any, Any] = super().forward(input, hx)  # type: ignore[misc]
         return output
 

@@ -1,5 +1,6 @@
 """Recurrent layers lose inputs and hidden units, exactly, whatever states the code makes and reads."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from vbdcompress import compress
 from vbdcompress.conversion import convert
 from vbdcompress.exporting.slim_file import load_slim
+from vbdcompress.opening import open_layers_
 from vbdcompress.slimming import slim
+from vbdcompress.surgery.slice import LayerCut, cut_layer_
 
 
 def columns(m: Any, x: Tensor) -> Tensor:
@@ -166,6 +169,58 @@ def test_a_second_cut_picks_of_the_first_states_what_is_left() -> None:
         assert torch.allclose(converted.plain(50.0)(other), model(other), rtol=0, atol=1e-12)
     assert len(model.one.units) == model.one.hidden_size < 5
     assert model.start(other)[0].shape[-1] == 7
+
+
+class Streams(nn.Module):
+    """Keeps its state from call to call."""
+
+    state: Any = None
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 9, layers), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[time, batch, 3] -> [time, batch, 2]."""
+        output, state = self.lstm(x, self.state)
+        self.state = tuple(part.detach() for part in state)
+        logits: Tensor = self.head(output)
+        return logits
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_keeps_its_state_from_call_to_call_stays_whole(layers: int) -> None:
+    torch.manual_seed(0)
+    scan = convert(Streams(layers), torch.randn(6, 2, 3), "weights").scan
+    assert len(scan.groups) == layers + 1
+    assert not scan.removable
+
+
+def test_stacked_layers_of_unlike_widths_refuse_the_state_that_they_gave() -> None:
+    model, x = nn.Sequential(nn.GRU(3, 9, 2)), torch.randn(6, 2, 3)
+    open_layers_(model)
+    cut_layer_(model[0].layers[0], LayerCut(outputs=(0, 4)))
+    cut_layer_(model[0].layers[1], LayerCut(inputs=(0, 4, *range(9, 18))))
+    with pytest.raises(ValueError, match="layers have unlike units"):
+        model[0](x, model[0](x)[1])
+
+
+@torch.no_grad()
+def test_a_cut_layer_goes_on_from_its_own_state() -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(3, 9).double()
+    kept = [0, 2, 3, 5, 7]
+    cut = copy.deepcopy(layer)
+    for place in (1, 4, 6, 8):  # which nothing reads
+        layer.weight_hh_l0[:, place] = 0
+    cut.load_state_dict(layer.state_dict())
+    cut_layer_(cut, LayerCut(outputs=tuple(kept)))
+    x = torch.randn(8, 2, 3, dtype=torch.float64)
+    whole = layer(x)[0][..., kept]
+    first, state = cut(x[:5])
+    assert torch.allclose(torch.cat([first, cut(x[5:], state)[0]]), whole, rtol=0, atol=1e-12)
+    given = tuple(torch.randn(1, 2, 9, dtype=torch.float64) for _ in range(2))
+    assert torch.allclose(cut(x, given)[0], layer(x, given)[0][..., kept], rtol=0, atol=1e-12)
 
 
 class Text(nn.Module):
