@@ -89,7 +89,10 @@ def named_loss_of_a_process(fabric: Fabric) -> Iterator[None]:
         FitError: the connection to another process broke, or a step takes other layers than the first.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            # of weights of 1 x 1, whose order in memory is one and the same
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            yield
     except RuntimeError as error:
         if "training graph has changed" in str(error):  # torch's DDP
             raise FitError(
