@@ -239,7 +239,7 @@ def test_rounded_weights_that_are_not_packed_are_said_to_take_32_bits(tmp_path: 
     compress(network(), **parts(), **options, **QUICK).export(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "stored in 32-bit floats all the same" in page
-    assert "After each epoch of a posterior, masked weights: at a log alpha of 0 (it was cut at" in page
+    assert "After each epoch of a posterior, masked at a log alpha of 0 (it was cut at" in page
 
 
 def test_a_second_round_folds_behind_layers_that_pick_features() -> None:

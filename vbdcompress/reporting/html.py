@@ -238,6 +238,7 @@ def _say_masked(stages: Sequence[Mapping[str, Any]]) -> str:
         at, cut = stage.get("logged_at"), stage["selection"]["threshold"]  # older reports do not say where
         if at is not None:
             later = "" if at == cut else f" (it was cut at {formatting.format_threshold(cut)} afterwards)"
-            told.append(f"{stage['mode']}: at a log alpha of {formatting.format_threshold(at)}{later}")
-    where = f" {'; '.join(told)}" if told else ""
+            of = f" in {stage['mode']}" if len(stages) > 1 else ""
+            told.append(f"{formatting.format_threshold(at)}{of}{later}")
+    where = f" at a log alpha of {', '.join(told)}" if told else ""
     return f"After each epoch of a posterior, masked{where}."
