@@ -160,11 +160,11 @@ def _user_builder(source: str, member: str) -> Callable[..., nn.Module]:
     except LoadError:
         raise
     except (Exception, SystemExit) as error:  # as above
-        raise LoadError(
-            where,
-            f"could not be imported: {_told(error)}",
-            "What a script does when it is started belongs under: if __name__ == '__main__':",
-        ) from error
+        ends = isinstance(error, SystemExit)
+        advice = (
+            "What a script does when it is started belongs under: if __name__ == '__main__':" if ends else ""
+        )
+        raise LoadError(where, f"could not be imported: {_told(error)}", advice) from error
     finally:
         sys.path.remove(folder)
     builder = getattr(module, member, None)
