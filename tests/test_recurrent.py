@@ -6,12 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from vbdcompress.compare import flatten_output
+from vbdcompress.attention import HeadAttention
+from vbdcompress.compare import flatten_output, relative_difference
+from vbdcompress.conversion import convert
 from vbdcompress.opening import open_layers_
 from vbdcompress.recurrent import StackedRecurrent, recurrent_parameters
+from vbdcompress.slimming import slim
 from vbdcompress.vbd.gates import ChannelGate, RecurrentGate, attach_gate_, detach_gate_
+from vbdcompress.vbd.posterior import find_posteriors
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 OPTIONS: list[dict[str, Any]] = [
@@ -129,3 +134,117 @@ def test_recurrent_gate_noise_on_units_has_the_posteriors_moments(assert_moments
         gate.let_go(layer, (), None)
     units = gate.gates[1]
     assert_moments(torch.stack(seen), units.theta, units.log_sigma2.exp())
+
+
+class Built(nn.Module):
+    """Makes its layer's first states like a weight, or asks for its type or what it gives."""
+
+    def __init__(self, how: str, layers: int = 2) -> None:
+        super().__init__()
+        self.stem, self.rnn, self.head = nn.Linear(5, 6), nn.LSTM(6, 8, layers), nn.Linear(8, 3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[time, batch, 5] -> [batch, 3]."""
+        y = self.stem(x)
+        if self.how == "weights":
+            start = self.rnn.weight_hh_l0.new_zeros(self.rnn.num_layers, x.shape[1], 8)
+            return self.head(self.rnn(y, (start, start))[0][-1])  # type: ignore[no-any-return]
+        state = self.rnn(y)[1]
+        if self.how == "type" and isinstance(self.rnn, nn.LSTM):
+            state = state[0]
+        return self.head((state[0] if isinstance(state, tuple) else state)[-1])  # type: ignore[no-any-return]
+
+
+def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return relative_difference([one.eval()(x)], [other.eval()(x)])
+
+
+@pytest.mark.parametrize("how", ["weights", "plain"])
+def test_layers_are_opened_where_the_code_does_not_tell_them_apart(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Built(how), torch.randn(7, 4, 5)
+    converted = convert(model, x)
+    assert isinstance(converted.model.rnn, StackedRecurrent)
+    assert difference(model, converted.undo(), x) < 1e-5
+
+
+class Asks(nn.Module):
+    """Gives another output where its layer is of another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention = nn.Linear(5, 6), nn.MultiheadAttention(6, 2)
+        self.rnn, self.head = nn.LSTM(6, 8, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[time, batch, 5] -> [batch, 3]."""
+        y = self.stem(x)
+        y = self.rnn(y + self.attention(y, y, y)[0])[0][-1]
+        return self.head(y if type(self.rnn) is nn.LSTM else 2 * y)  # type: ignore[no-any-return]
+
+
+def test_a_state_whose_form_hangs_on_the_type_keeps_its_layer_closed() -> None:
+    torch.manual_seed(0)
+    model, x = Built("type"), torch.randn(7, 4, 5)
+    assert difference(model, convert(model, x).undo(), x) < 1e-5
+
+
+def test_what_the_code_tells_apart_stays_closed_and_the_rest_is_opened() -> None:
+    torch.manual_seed(0)
+    model, x = Asks(), torch.randn(7, 4, 5)
+    converted = convert(model, x)
+    assert type(converted.model.rnn) is nn.LSTM
+    assert isinstance(converted.model.attention, HeadAttention)
+    assert difference(model, converted.undo(), x) < 1e-5
+    # of the closed layer the inputs may still go
+    assert {group.name for group in converted.scan.removable} >= {"attention.q"}
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+def test_what_has_hooks_stays_closed(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Asks(), torch.randn(7, 4, 5)
+    hooked = model.rnn if kind == "lstm" else model.attention
+    hooked.register_forward_hook(lambda module, given, output: (output[0].relu(), *output[1:]))
+    converted = convert(model, x, "weights")
+    assert isinstance(getattr(converted.model, "rnn" if kind == "lstm" else "attention"), type(hooked))
+    assert difference(model, converted.undo(), x) < 1e-5
+
+
+@pytest.mark.parametrize("skip", [[], ["rnn"]])
+def test_a_computed_recurrent_weight_leaves_other_layers_removable(skip: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Built("plain", 1), torch.randn(7, 4, 5)
+    model.stem = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6))
+    parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    converted = convert(model, x, skip=skip)
+    assert "stem.0" in {group.name for group in converted.scan.removable}
+
+
+@pytest.mark.parametrize("width", [3, 5, 8])
+def test_a_first_layer_s_state_is_not_lost_where_the_last_one_keeps_more(width: int) -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.rnn = nn.Linear(5, 6), nn.LSTM(6, width, 2, batch_first=True)
+            self.head = nn.Linear(2 * width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output, state = self.rnn(self.stem(x))
+            return self.head(torch.cat([output[:, -1], state[0][0]], 1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    converted = convert(First(), torch.randn(4, 7, 5))
+    for posterior in find_posteriors(converted.model):
+        if posterior.name == "rnn.layers.0":
+            posterior.log_sigma2.data[0] = 60.0
+    slim(converted, 50.0)  # exact, or whole
+
+
+def test_a_weight_to_skip_keeps_its_layer_whole() -> None:
+    torch.manual_seed(0)
+    skip = ["stem.weight", "rnn.weight_hh_l0"]
+    converted = convert(Built("plain", 1), torch.randn(7, 4, 5), "weights", skip=skip)
+    assert not converted.scan.removable

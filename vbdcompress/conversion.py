@@ -15,8 +15,7 @@ from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import with_gradients
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
-from vbdcompress.opening import open_layers_
-from vbdcompress.originals import check_model, copy_of, unwrap
+from vbdcompress.originals import check_model, copy_of, open_where_alike, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
@@ -128,7 +127,7 @@ def convert(
     names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
     # what is not called is read past its call, and has nothing to open
     opens = [name for name in names if name in called and not _is_skipped_in_part(name, skip)]
-    open_layers_(converted, opens)
+    converted = open_where_alike(converted, opens, example)
     called |= {name for name, _ in converted.named_modules()} - set(names)
     scan = find_groups(converted, example, features=prune_inputs)
     blind = without_gradient(converted, example)
@@ -239,7 +238,7 @@ def _leave_skipped(
     """Leave whole what touches a layer to skip, or is read by a layer whose weight no gradient reaches."""
     for group in groups:
         members = (*group.writers, *group.readers, *group.between)
-        touched = [member.layer for member in members if matches_skip(member.layer, skip)]
+        touched = [member.layer for member in members if _is_skipped_in_part(member.layer, skip)]
         untold = [member.layer for member in group.readers if _is_blind(model, member.layer, blind)]
         if group.whole_because is not None:
             yield group

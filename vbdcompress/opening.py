@@ -20,7 +20,8 @@ def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if names is None or name in names:
             if id(module) not in replaced:
-                replaced[id(module)] = open_attention(module) or open_recurrent(module)
+                hooked = module._forward_hooks or module._forward_pre_hooks  # they would be lost
+                replaced[id(module)] = None if hooked else open_attention(module) or open_recurrent(module)
             opened = replaced[id(module)]
             if opened is not None and name:
                 parent, _, own = name.rpartition(".")

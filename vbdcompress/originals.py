@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,16 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from vbdcompress.compare import is_computed
+from vbdcompress.compare import flatten_output, is_computed, relative_difference
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, first, in_eval_mode, shapes_of, tensors_of
+from vbdcompress.opening import open_layers_
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.vbd.posterior import find_posteriors
+
+# Largest difference of what is the same function, relative to the largest output, in float32
+ALIKE = 1e-3
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -247,3 +251,42 @@ def _advice(model: nn.Module, example: Inputs, error: BaseException) -> str:
 
 def _shapes(example: Inputs) -> str:
     return ", ".join(map(str, shapes_of(example)))
+
+
+def open_where_alike(model: nn.Module, names: Collection[str], example: Inputs) -> nn.Module:
+    """A copy with attention and recurrent layers opened, but for those that its code treats otherwise then.
+
+    It may ask for a module's type, or for weights by their old names.
+
+    Args:
+        model: left as it was.
+        names: of the modules to open.
+        example: a batch of inputs, to compare on.
+    """
+    expected = _outputs(copy.deepcopy(model), example)
+
+    def goes(trial: nn.Module) -> bool:
+        try:
+            return relative_difference(expected, _outputs(copy.deepcopy(trial), example)) <= ALIKE
+        except TRACE_ERRORS:
+            return False
+
+    every = copy.deepcopy(model)
+    open_layers_(every, names)
+    if goes(every):
+        return every
+    found = copy.deepcopy(model)
+    open_layers_(found, ())
+    for name in names:
+        one = copy.deepcopy(found)
+        open_layers_(one, [name])
+        if type(one.get_submodule(name)) is not type(found.get_submodule(name)) and goes(one):
+            found = one
+    return found
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Inputs) -> list[Tensor]:
+    with in_eval_mode(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return flatten_output(call(model, to_device(example, device_of(model))))

@@ -19,8 +19,8 @@ _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class StackedRecurrent(nn.Module):
     """nn.LSTM, nn.GRU or nn.RNN of several layers, the same function and signature, with a module for each.
 
-    Where layers are left with unlike numbers of units, the state that comes out is the last layer's alone:
-    its directions stand at the end, as they did.
+    Where layers are left with other units than one another, the state that comes out is the last layer's
+    alone: its directions stand at the end, as they did.
     """
 
     def __init__(self, original: nn.RNNBase) -> None:
@@ -28,6 +28,7 @@ class StackedRecurrent(nn.Module):
         self.num_layers, self.bidirectional = original.num_layers, original.bidirectional
         self.input_size, self.hidden_size = original.input_size, original.hidden_size
         self.batch_first, self.dropout, self.bias = original.batch_first, original.dropout, original.bias
+        self.mode, self.proj_size = original.mode, original.proj_size
         self.layers = nn.ModuleList(_layer_of(original, number) for number in range(original.num_layers))
         self.train(original.training)
 
@@ -39,9 +40,18 @@ class StackedRecurrent(nn.Module):
                 input = self._drop(input)
             input, state = layer(input, self._state_of(hx, number))
             states.append(state)
+        if len({layer.kept if isinstance(layer, _Narrow) else None for layer in self.layers}) > 1:
+            return input, states[-1]
         if isinstance(states[0], Tensor):
-            return input, _joined(states)
-        return input, tuple(_joined(part) for part in zip(*states, strict=True))
+            return input, torch.cat(states)
+        return input, tuple(torch.cat(part) for part in zip(*states, strict=True))
+
+    def __getattr__(self, name: str) -> Any:
+        """A weight by the name that it had, as first states are made like one."""
+        found = re.fullmatch(r"((?:weight|bias)_[ih]h_l)(\d+)(_reverse)?", name)
+        if found and int(found[2]) < len(self.layers):
+            return getattr(self.layers[int(found[2])], f"{found[1]}0{found[3] or ''}")
+        return super().__getattr__(name)
 
     def flatten_parameters(self) -> None:
         """As torch's own."""
@@ -66,11 +76,6 @@ class StackedRecurrent(nn.Module):
         return hx[own] if isinstance(hx, Tensor) else tuple(part[own] for part in hx)
 
 
-def _joined(states: Any) -> Tensor:
-    alike = len({state.shape[-1] for state in states}) == 1
-    return torch.cat(list(states)) if alike else states[-1]
-
-
 def _layer_of(original: nn.RNNBase, number: int) -> nn.RNNBase:
     directions = 2 if original.bidirectional else 1
     options: dict[str, Any] = {
@@ -92,10 +97,11 @@ def _layer_of(original: nn.RNNBase, number: int) -> nn.RNNBase:
 class _Narrow:
     """A recurrent layer that was cut, and picks its own units of first states made for all that there were.
 
-    `units` [hidden_size] says which. A state that it gave itself is taken as it is.
+    `units` [hidden_size] says which, `kept` too. A state that it gave itself is taken as it is.
     """
 
     units: Tensor
+    kept: tuple[int, ...]
     hidden_size: int
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
@@ -132,8 +138,7 @@ def recurrent_parameters(layer: Recurrent) -> list[str]:
 
 def state_width(layer: Recurrent) -> int:
     """Number of what a recurrent layer reads again: its hidden units, or their projections."""
-    names = (name for name in recurrent_parameters(layer) if name.startswith("weight_hh"))
-    return int(getattr(layer, next(names)).shape[1])
+    return int(getattr(layer, "proj_size", 0) or layer.hidden_size)
 
 
 def rows_of_units(layer: Recurrent, units: Sequence[int]) -> list[int]:
@@ -163,6 +168,7 @@ def narrow_(layer: Recurrent, units: Sequence[int]) -> None:
     else:
         layer.__class__ = _NARROW[type(layer)]
         layer.register_buffer("units", left)
+    layer.kept = tuple(layer.get_buffer("units").tolist())
 
 
 def scale_state(layer: Recurrent, factors: Tensor) -> None:

@@ -130,7 +130,7 @@ def _along(flows: Sequence[Flow], steps: Sequence[Tensor], cotangent: Tensor, di
         [flow.slope for flow in flows], cotangent, steps, retain_graph=True, allow_unused=True
     )
     moved = torch.zeros_like(cotangent) if moved is None else moved
-    return moved.movedim(dim, 0).flatten(1)
+    return moved.movedim(dim, 0).reshape(moved.shape[dim], -1)
 
 
 def _match_single(
