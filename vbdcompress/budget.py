@@ -10,7 +10,7 @@ from vbdcompress.config import RunConfig
 from vbdcompress.errors import SlimError
 from vbdcompress.records import TIE, CurvePoint, Selection, Size
 from vbdcompress.reporting.build import StageRecord
-from vbdcompress.slimming import DEFAULT_THRESHOLD
+from vbdcompress.slimming import DEFAULT_THRESHOLD, or_default
 
 _SIZE_ADVICE = "Raise the limit, fit with a larger --beta, or use --mode channels for MACs."
 _LIMIT_NAMES = {"nonzeros": "parameters that are not zero", "macs": "MACs", "bytes": "bytes"}
@@ -85,7 +85,7 @@ def select_threshold(
     """
     limits, increase = dict(budget.limits), budget.max_error_increase
     if not limits and increase is None:
-        chosen = DEFAULT_THRESHOLD if budget.threshold is None else budget.threshold
+        chosen = or_default(budget.threshold)
         where = budget.source if budget.threshold is not None else "the default"
         return Selection("threshold", chosen, baseline_error, {}, f"log_alpha >= {chosen:g}, {where}")
     fitting = [p for p in curve if all(getattr(p.size, key) <= bound for key, bound in limits.items())]

@@ -35,8 +35,8 @@ CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
 DEFAULT_THRESHOLD = 0.0
 
 
-def logged_at(threshold: float | None) -> float:
-    """Threshold for the epoch log's error and sparsity, while a budget has not chosen yet."""
+def or_default(threshold: float | None) -> float:
+    """The threshold that was asked for, or, while nobody or only a budget says one, the default."""
     return DEFAULT_THRESHOLD if threshold is None else threshold
 
 
@@ -74,7 +74,7 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
     if not isinstance(converted, Converted):
         told = f"is given a {type(converted).__name__}, allowed is what `convert` gave."
         raise ConfigError("slim", told, "slim(converted), not slim(converted.model)")
-    chosen = DEFAULT_THRESHOLD if threshold is None else threshold
+    chosen = or_default(threshold)
     if math.isnan(chosen) or round_to < 1:
         told = f"threshold = {chosen:g}, round_to = {round_to}"
         raise ConfigError("slim", f"{told}; allowed are a number, and 1 or more.")

@@ -25,8 +25,8 @@ from vbdcompress.records import TIE, CurvePoint, EpochRow, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
 from vbdcompress.slimming import (
     Slim,
-    logged_at,
     measure_curve,
+    or_default,
     posterior_sigma,
     slim,
 )
@@ -137,7 +137,7 @@ class StageRunner:
             log_sigma2=config.log_sigma2,
             cost=config.cost,
         )
-        step, told = f"{number + 1}-{mode}", logged_at(config.threshold)
+        step, told = f"{number + 1}-{mode}", or_default(config.threshold)
         gone = mode == "channels" and self.config.rounds[0].mode == "weights"  # what the first round took
         fitted = self._fit(converted.model, config, step, threshold=told, keep_zeros=gone)
         choice, slimmed = self._choose(converted, fitted, number, step, baseline)
@@ -170,7 +170,7 @@ class StageRunner:
             self.validate,
             prepare=self.prepare,
             size_of=self.files.measure,
-            asked=logged_at(config.threshold),
+            asked=or_default(config.threshold),
             round_to=config.round_to,
             tell=self.workplace.on_cut if fitted.is_main else None,
         )
@@ -220,7 +220,7 @@ class StageRunner:
             log_alpha_histogram(converted.model),
             config.cost if config.mode == "channels" else "none",
             self._distillation(),
-            logged_at(config.threshold),
+            or_default(config.threshold),
         )
 
     def _fit(self, model: nn.Module, config: RunConfig, step: str, **options: Any) -> FitResult:
