@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -19,7 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from vbdcompress.data import TensorBatches, count_examples, split_loader
+from vbdcompress.data import TensorBatches, Unpacked, count_examples, split_loader
+from vbdcompress.data.loaders import set_epoch
 from vbdcompress.errors import DataError
 
 SET = TensorDataset(torch.arange(20.0)[:, None], torch.arange(20) % 2)
@@ -60,6 +62,14 @@ LOADERS: dict[str, tuple[Any, int]] = {
     "stream": (DataLoader(Stream(), batch_size=4), 11),
     "list": ([(torch.ones(4, 1), torch.zeros(4)), (torch.ones(1, 1), torch.zeros(1))], 5),
     "iterable": (Again(), 5),
+    "unpacked": (Unpacked([{"x": torch.ones(4, 1)}] * 2, lambda batch: (batch["x"], None)), 8),
+    "boxes": ([(torch.ones(4, 1), [{"boxes": torch.ones(7, 4)}] * 4)], 4),
+    "masks": ([(torch.ones(3, 1), {"mask": torch.ones(()), "label": torch.ones(3)})], 3),
+    "shared": (DataLoader(SET, batch_size=3, sampler=DistributedSampler(SET, 2, 0)), 20),
+    "shared_unpacked": (
+        Unpacked(DataLoader(SET, batch_sampler=BatchSampler(DistributedSampler(SET, 2, 0), 3, False)), tuple),
+        20,
+    ),
 }
 
 
@@ -68,6 +78,18 @@ def test_count_examples_of_an_epoch(name: str) -> None:
     loader, count = LOADERS[name]
     assert count_examples(loader) == count
     assert count_examples(loader) == count  # counting uses nothing up
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: loader, lambda loader: Unpacked(loader, tuple)])
+def test_each_epoch_of_a_shared_batch_sampler_has_an_order_of_its_own(wrap: Any) -> None:
+    sampler = DistributedSampler(SET, 2, 0)
+    loader = wrap(DataLoader(SET, batch_sampler=BatchSampler(sampler, 3, drop_last=False)))
+    orders = []
+    for epoch in (1, 2, 1):
+        set_epoch(loader, epoch)
+        orders.append([value for inputs, _ in loader for value in inputs.flatten().tolist()])
+    assert orders[0] != orders[1]
+    assert orders[0] == orders[2]
 
 
 @pytest.mark.parametrize("loader", [[], TensorBatches(torch.ones(0, 1), torch.zeros(0), 4)])
@@ -182,7 +204,7 @@ def test_split_loader_refuses_what_it_can_not_split(name: str) -> None:
 
 
 def test_split_loader_refuses_too_few_examples() -> None:
-    with pytest.raises(DataError, match="has 1 examples"):
+    with pytest.raises(DataError, match="of 1 examples leaves none"):
         split_loader(DataLoader(TensorDataset(torch.ones(1, 1), torch.ones(1))), 0.1, seed=0)
 
 

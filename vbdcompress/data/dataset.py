@@ -12,6 +12,7 @@ from torch import Tensor
 from vbdcompress.data.batches import CROP_PADDING, Augment, TensorBatches
 from vbdcompress.data.raw import RawImages, RawSet
 from vbdcompress.data.sources import NAMED_SETS, is_folder, read_source
+from vbdcompress.data.split import split_places
 from vbdcompress.errors import ConfigError, DataError
 from vbdcompress.records import InputSpec
 
@@ -279,10 +280,6 @@ def _normalise(raw: RawImages, spec: InputSpec) -> Examples:
 
 
 def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-    held_out = max(1, round(fraction * len(examples)))
-    if held_out >= len(examples):
-        raise DataError("validation split", f"of {len(examples)} examples leaves none to train on.")
-    parts = order[held_out:].sort()[0], order[:held_out].sort()[0]
-    train, validation = (Examples(examples.inputs[part], examples.labels[part]) for part in parts)
+    places = split_places(len(examples), fraction, seed)
+    train, validation = (Examples(examples.inputs[part], examples.labels[part]) for part in places)
     return train, validation

@@ -19,8 +19,9 @@ from torch.utils.data import (
 )
 
 from vbdcompress.data.batches import TensorBatches
+from vbdcompress.data.split import split_places
 from vbdcompress.errors import DataError
-from vbdcompress.inputs import tensors_of
+from vbdcompress.inputs import batch_size
 
 Unpack = Callable[[Any], tuple[Any, Any]]
 
@@ -71,10 +72,7 @@ def on_device(batches: Any, device: torch.device) -> Any:
 
 def set_epoch(batches: Any, epoch: int) -> None:
     """Tell whatever decides the order of the examples which epoch it is."""
-    parts: list[Any] = [batches]
-    if isinstance(batches, DataLoader):
-        parts = [batches.sampler, batches.batch_sampler]
-    for part in parts:
+    for part in _order_parts(batches) if isinstance(batches, DataLoader) else [batches]:
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
@@ -84,9 +82,13 @@ def seed_generators(batches: Any, seed: int) -> None:
     if isinstance(batches, Unpacked):
         seed_generators(batches.loader, seed)
     elif isinstance(batches, DataLoader):
-        inner = getattr(batches.batch_sampler, "sampler", None)
-        for part in (batches, batches.sampler, inner):
+        for part in (batches, *_order_parts(batches)):
             seed_generator(part, seed)
+
+
+def _order_parts(loader: DataLoader[Any]) -> list[Any]:
+    """What decides the order of its examples."""
+    return [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
 
 
 def seed_generator(part: Any, seed: int) -> None:
@@ -124,8 +126,7 @@ def drawn_from(seed: int) -> Iterator[None]:
 
 def shared_by(loader: DataLoader[Any]) -> DistributedSampler[Any] | None:
     """The sampler of the user's own that gives each process its share; None where there is none."""
-    parts: list[Any] = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-    return next((part for part in parts if isinstance(part, DistributedSampler)), None)
+    return next((part for part in _order_parts(loader) if isinstance(part, DistributedSampler)), None)
 
 
 def check_repeatable(loader: Iterable[Any] | None) -> None:
@@ -145,22 +146,17 @@ def count_examples(loader: Iterable[Any]) -> int:
         DataError: the loader is empty, or an iterator, which to count would use up.
     """
     check_repeatable(loader)
-    if isinstance(loader, TensorBatches):
-        count = loader.num_examples
-    elif isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size:
-        count = len(loader.sampler)
+    given = loader.loader if isinstance(loader, Unpacked) else loader
+    if isinstance(given, TensorBatches):
+        count = given.num_examples
+    elif isinstance(given, DataLoader) and isinstance(given.sampler, Sized) and given.batch_size:
+        count = len(given.sampler)
     else:
-        count = sum(_targets(batch) for batch in loader)
+        count = sum(batch_size(batch[0]) for batch in loader)
     if count == 0:
         raise DataError("loader", "is empty: it yields no batch.")
-    sharing = shared_by(loader) if isinstance(loader, DataLoader) else None
+    sharing = shared_by(given) if isinstance(given, DataLoader) else None
     return count if sharing is None else count * sharing.num_replicas
-
-
-def _targets(batch: Any) -> int:
-    """Examples in a batch: (inputs, target), targets of any nesting."""
-    tensors = tensors_of(batch[1])
-    return len(tensors[0]) if tensors else len(batch[1])
 
 
 def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -173,29 +169,32 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
         DataError: any other iterable can't be split.
     """
     if isinstance(loader, TensorBatches):
-        train, held = _split_indices(range(loader.num_examples), fraction, seed)
+        places, held_places = split_places(loader.num_examples, fraction, seed)
         shuffled = TensorBatches(
-            loader.inputs[train],
-            loader.labels[train],
+            loader.inputs[places],
+            loader.labels[places],
             loader.batch_size,
             shuffle=loader.shuffle,
             augment=loader.augment,
             pixels=loader.pixels,
             seed=loader.seed,
         )
-        return shuffled, TensorBatches(loader.inputs[held], loader.labels[held], loader.batch_size)
+        rest = loader.inputs[held_places], loader.labels[held_places]
+        return shuffled, TensorBatches(*rest, loader.batch_size)
     indices = _indices_of(loader) if isinstance(loader, DataLoader) else None
     if isinstance(loader, DataLoader) and indices is not None:
-        train, held = _split_indices(indices, fraction, seed)
+        parts = split_places(len(indices), fraction, seed)
+        train, held = (sorted(int(indices[place]) for place in part.tolist()) for part in parts)
         if not loader.drop_last and len(train) > 1 and len(train) % (loader.batch_size or 1) == 1:
             held = sorted([*held, train.pop()])  # norms can't train on a batch of one
         shuffle = not isinstance(loader.sampler, SequentialSampler)
         drop_last = loader.drop_last and len(train) >= (loader.batch_size or 1)  # or nothing would be left
-        training, rest = Subset(loader.dataset, train), Subset(loader.dataset, held)
         size = loader.batch_size
         return (
-            reload(loader, training, batch_size=size, shuffle=shuffle, drop_last=drop_last),
-            reload(loader, rest, batch_size=size),
+            reload(
+                loader, Subset(loader.dataset, train), batch_size=size, shuffle=shuffle, drop_last=drop_last
+            ),
+            reload(loader, Subset(loader.dataset, held), batch_size=size),
         )
     raise DataError(
         "loader",
@@ -221,16 +220,6 @@ def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
         return range(len(dataset))
     # What the sampler leaves out may be the user's own test data
     return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
-
-
-def _split_indices(indices: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    count = len(indices)
-    held_out = max(1, round(fraction * count))
-    if held_out >= count:
-        raise DataError("loader", f"has {count} examples: too few to hold some out for validation.")
-    places = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    order = [int(indices[place]) for place in places]
-    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 def reload(loader: DataLoader[Any], dataset: Dataset[Any], **order: Any) -> DataLoader[Any]:
