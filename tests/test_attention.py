@@ -156,6 +156,19 @@ def test_attention_under_two_names_stays_one() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kdim", [8, 6])
+def test_opened_attention_leaves_frozen_what_was(kdim: int) -> None:
+    module = nn.MultiheadAttention(8, 2, kdim=kdim)
+    given = [name for name, _ in module.named_parameters() if name.endswith("weight") and "in_" in name]
+    given += ["q_proj_weight"] if kdim != 8 else []
+    for name in (*given, "out_proj.bias"):
+        module.get_parameter(name).requires_grad_(False)
+    opened = HeadAttention(module)
+    frozen = {name for name, each in opened.named_parameters() if not each.requires_grad}
+    queries = {"q.weight", "k.weight", "v.weight"} if kdim == 8 else {"q.weight"}
+    assert frozen == queries | {"out.bias"}
+
+
 @pytest.mark.parametrize("mode", ["channels", "weights"])
 def test_attention_that_is_the_whole_network_loses_heads(mode: Any, tmp_path: Path) -> None:
     original = randomised(nn.MultiheadAttention(12, 4, batch_first=True))

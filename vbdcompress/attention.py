@@ -29,16 +29,14 @@ class HeadAttention(nn.Module):
         self.batch_first = original.batch_first
         self.dropout = original.dropout
         if original._qkv_same_embed_dim:
-            weights = original.in_proj_weight.detach().chunk(3)
+            weights = _chunk(original.in_proj_weight)
         else:
-            weights = tuple(getattr(original, f"{name}_proj_weight").detach() for name in "qkv")
+            weights = tuple(getattr(original, f"{name}_proj_weight") for name in "qkv")
         biases: tuple[Tensor | None, ...] = (None, None, None)
         if original.in_proj_bias is not None:
-            biases = original.in_proj_bias.detach().chunk(3)
-        out = original.out_proj
-        learns = out.weight.requires_grad
-        self.q, self.k, self.v = (_linear(*pair, learns) for pair in zip(weights, biases, strict=True))
-        self.out = _linear(out.weight, out.bias, learns)
+            biases = _chunk(original.in_proj_bias)
+        self.q, self.k, self.v = (_linear(*pair) for pair in zip(weights, biases, strict=True))
+        self.out = _linear(original.out_proj.weight, original.out_proj.bias)
         self.train(original.training)
 
     @property
@@ -200,11 +198,16 @@ def _shift_mask(x: Tensor, window: Sequence[int], shifts: Sequence[int]) -> Tens
     return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, -100.0)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Linear:
+def _chunk(stacked: Tensor) -> tuple[Tensor, ...]:
+    """Of queries, keys and values; each asks for gradients where the whole does."""
+    return tuple(part.requires_grad_(stacked.requires_grad) for part in stacked.detach().chunk(3))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad)
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad)
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return layer
 
 

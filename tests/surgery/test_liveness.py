@@ -55,6 +55,46 @@ def test_plan_removal_cuts_what_nothing_reads():
     assert torch.allclose(expected, found, rtol=1e-12)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_new_bias_is_frozen_where_its_layer_is(learns):
+    model, batch = make(bias=False)
+    model.conv1.weight.data[2], model.conv1.bias.data[2] = 0, 0.5
+    model.conv2.requires_grad_(learns)
+    _, _, plan, slim = cut(model, batch)
+    assert plan.cuts["conv2"].new_bias
+    assert slim.conv2.bias.requires_grad == learns
+    fresh = make(bias=False)[0]
+    fresh.conv2.requires_grad_(learns)
+    apply_plan_(fresh, plan)
+    assert fresh.conv2.bias.requires_grad == learns
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.next = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3)
+        self.flat, self.head = nn.Linear(3 * 16, 4), nn.Linear(4 + 2, 2)
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.head(torch.cat([self.flat(x.flatten(1)), self.next(x).mean((2, 3))], 1))
+
+
+def test_a_layer_of_which_every_feature_goes_keeps_one():
+    torch.manual_seed(0)
+    model, batch = TwoReaders().double().eval(), torch.randn(4, 1, 6, 6, dtype=torch.float64)
+    model.flat.weight.data.zero_()
+    model.next.weight.data[:, 0] = 0  # its features go with it
+    groups = find_groups(model, batch, features=True).removable
+    slim = copy.deepcopy(model)
+    with torch.no_grad():
+        plan = plan_removal_(slim, groups, batch)
+        apply_plan_(slim, plan)
+        assert slim.conv.out_channels == 2
+        assert slim.flat.in_features == 1
+        assert torch.allclose(slim(batch), model(batch), rtol=1e-12)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_plan_removal_folds_constants_into_the_next_bias(bias):
     model, batch = make(bias=bias)

@@ -77,8 +77,8 @@ def plan_removal_(
         gone = state.removed[group.name]
         behind = _behind_channels(state, group) if group.is_features else set()
         most = group.size - len(behind)
-        kept = most - len(gone - behind)
-        wanted = min(most, -(-kept // round_to) * round_to)
+        kept = most - len(gone - behind)  # none, where the last one lies behind a channel that goes
+        wanted = min(most, -(-max(1, kept) // round_to) * round_to)
         gone -= set(sorted(gone - behind)[: wanted - kept])
     return plan_removed(
         model, [(group, state.removed[group.name]) for group in state.groups], state.new_biases
@@ -291,7 +291,7 @@ def _fold_into_bias(
         constants[positions] = constant.to(constants.dtype)  # the code between may make float32
         shift = effect_of(layer, constants)
         if layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros_like(shift))
+            layer.bias = nn.Parameter(torch.zeros_like(shift), layer.weight.requires_grad)
             state.new_biases.add(name)
         layer.bias += shift
     zero_inputs_(layer, positions.tolist())

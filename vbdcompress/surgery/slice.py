@@ -59,7 +59,7 @@ class RemovalPlan:
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain JSON types; leaves out what is not cut."""
         return {
-            name: {key: value for key, value in asdict(cut).items() if value}
+            name: {key: value for key, value in asdict(cut).items() if value not in (None, False)}
             for name, cut in self.cuts.items()
         }
 
@@ -130,7 +130,7 @@ def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
         width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         assert isinstance(layer.weight, Tensor)
         assert isinstance(width, int)
-        layer.bias = nn.Parameter(layer.weight.new_zeros(width))
+        layer.bias = nn.Parameter(layer.weight.new_zeros(width), layer.weight.requires_grad)
 
 
 def _cut_linear_(layer: nn.Linear, cut: LayerCut) -> None:
