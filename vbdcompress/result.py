@@ -139,7 +139,9 @@ class Result:
                 content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
             except ExportError as error:
                 (folder / INT8_FILE).unlink(missing_ok=True)
-                content["warnings"] = [*content["warnings"], f"There is no {INT8_FILE}: {error}"]
+                told = f"There is no {INT8_FILE}: {error}"
+                if told not in content["warnings"]:  # of an earlier export of the same result
+                    content["warnings"] = [*content["warnings"], told]
         write_report(content, folder)
         return content
 

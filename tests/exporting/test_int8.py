@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vbdcompress.data import load_data
-from vbdcompress.errors import ConfigError
+from vbdcompress.errors import ConfigError, ExportError
 from vbdcompress.exporting.int8 import quantize_int8
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.loading import load
@@ -65,6 +65,13 @@ def test_the_report_says_the_error_of_the_integer_file(tmp_path: Path, zoo: Path
     assert content["int8"]["errors"]["test"] == pytest.approx(100 * wrong.mean())
     assert content["int8"]["errors"]["test"] < content["error"] + 3
     assert [row["batch"] for row in content["int8"]["latency"]] == [1, 64]
+
+
+def test_batches_that_the_file_does_not_take_are_an_export_error(tmp_path: Path) -> None:
+    export_onnx(nn.Linear(6, 3), tmp_path / "model.onnx", torch.randn(9, 6))
+    with pytest.raises(ExportError, match=r"int8 of 'model\.onnx'"):
+        quantize_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", [torch.randn(4, 5)])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_compress_refuses_int8_of_several_outputs() -> None:
