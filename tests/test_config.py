@@ -49,6 +49,7 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"seed": -1},
     {"seed": 2**40},
     {"devices": 0},
+    {"device": "gpu"},
     {"prior": "ard"},
     {"precision": "8-true"},
     {"schedule": "step"},

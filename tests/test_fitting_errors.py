@@ -99,7 +99,6 @@ def test_fit_refuses_a_network_without_parameters(small_batches: TensorBatches) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "'tpu' is unknown; allowed are auto, cpu, cuda, mps"),
         pytest.param(
             {"device": "cuda"},
             "'cuda' x 1 can't be used",
@@ -117,3 +116,12 @@ def test_fit_refuses_a_device_that_is_not_there(
 ) -> None:
     with pytest.raises(FitError, match=message):
         fit(make_network(), small_batches, FitConfig(epochs=1, **options))
+
+
+def test_fit_refuses_more_gpus_than_there_are(
+    small_batches: TensorBatches, make_network: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_fabric.accelerators.cuda._get_all_visible_cuda_devices", lambda: [0])
+    monkeypatch.setattr("lightning_fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
+    with pytest.raises(FitError, match=r"'cuda' x 2 can't be used: .*\[0, 1\]"):
+        fit(make_network(), small_batches, FitConfig(epochs=1, device="cuda", devices=2))

@@ -17,6 +17,7 @@ Bits = Literal["32", "16", "8", "4", "auto"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Cost = Literal["none", "params", "macs", "params+macs"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 # Fields that say how a machine computes, not what: a run may go on with others
 MACHINE = frozenset({"device", "devices", "precision", "compile", "cuda_graphs"})
@@ -70,7 +71,7 @@ class FitConfig(BaseModel):
     )
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of shuffling and noise.")
-    device: str = Field("auto", description="auto, cpu, cuda or mps.")
+    device: DeviceName = Field("auto", description="Where to fit; auto: a GPU where there is one.")
     devices: int | None = Field(
         None,
         ge=1,

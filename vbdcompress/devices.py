@@ -1,4 +1,4 @@
-"""Devices, precision and processes: all that the package asks of Lightning Fabric."""
+"""Devices and processes, by Lightning Fabric: what a fit runs on, and what its processes tell each other."""
 
 import atexit
 import logging
@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch.distributed
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from vbdcompress.config import FitConfig
@@ -38,10 +39,7 @@ def start_fabric(config: FitConfig) -> Fabric:
             f"--devices {devices} was asked for, torchrun started {local} on this machine.",
             "Leave --devices out under torchrun, or make them equal.",
         )
-    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps"}.get(config.device)
-    if accelerator is None:
-        raise FitError("device", f"'{config.device}' is unknown; allowed are auto, cpu, cuda, mps.")
-    fabric = _launch(config, accelerator, devices, nodes)
+    fabric = _launch(config, devices, nodes)
     if fabric.world_size != devices * nodes:
         raise FitError(
             "processes",
@@ -54,7 +52,7 @@ def start_fabric(config: FitConfig) -> Fabric:
     return fabric
 
 
-def _launch(config: FitConfig, accelerator: str, devices: int, nodes: int) -> Fabric:
+def _launch(config: FitConfig, devices: int, nodes: int) -> Fabric:
     with warnings.catch_warnings():
         # Fabric's advice to users of its own (unused GPUs, worker counts, matrix units) is not ours to give.
         warnings.filterwarnings("ignore", module="lightning_fabric")
@@ -62,7 +60,7 @@ def _launch(config: FitConfig, accelerator: str, devices: int, nodes: int) -> Fa
         logger.setLevel(max(logger.level, logging.WARNING))
         try:
             fabric = Fabric(
-                accelerator=accelerator,
+                accelerator=config.device,
                 devices=devices,
                 num_nodes=nodes,
                 precision=config.precision,
@@ -70,7 +68,7 @@ def _launch(config: FitConfig, accelerator: str, devices: int, nodes: int) -> Fa
                 strategy=DDPStrategy(static_graph=True) if devices * nodes > 1 else "auto",
             )
             fabric.launch()
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MisconfigurationException) as error:
             raise FitError(
                 "device",
                 f"'{config.device}' x {devices} can't be used: {error}",
