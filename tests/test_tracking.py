@@ -41,6 +41,7 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_has_every_epoch_and_the_result(tmp_path: Path) -> None:
     track("tensorboard", tmp_path)
     found = read_events(tmp_path)
+    assert "hp_metric" not in found  # which nobody logged
     assert found["stage1/nll"] == [(1, 0.5), (2, 0.25)]
     assert found["stage1/error"] == [(2, 3.5)]
     assert found["finetune/nll"] == [(3, 0.125)]
@@ -63,6 +64,9 @@ def test_a_tracker_that_fails_is_told_of_once_and_tried_again() -> None:
         def finish(self, values: Any) -> None:
             raise ConnectionError("the server is away")
 
+        def fail(self) -> None:
+            raise ConnectionError("the server is away")
+
     tracker = Tracker(Flaky())
     tracker.on_start("Fine-tuning", 3)
     row = EpochRow(1, 0.5, 0.25, 6.0, None, 0.1, 1e-3, 2.0, 100.0)
@@ -72,6 +76,59 @@ def test_a_tracker_that_fails_is_told_of_once_and_tried_again() -> None:
         tracker.on_epoch(replace(row, epoch=epoch), 3)
     tracker.finish(REPORT)
     assert sent == [3]
+
+
+class StopError(Exception):
+    """Ends a run."""
+
+
+def fail(kind: str, folder: Path) -> None:
+    tracker = open_tracker(kind, "a run", folder, {})
+    tracker.on_start("Fine-tuning", 3)
+    tracker.on_epoch(EpochRow(1, 0.5, 0.25, 6.0, None, 0.1, 1e-3, 2.0, 100.0), 3)
+    with pytest.raises(StopError), tracker:
+        raise StopError
+
+
+def test_a_failed_run_keeps_its_epochs(tmp_path: Path) -> None:
+    fail("tensorboard", tmp_path)
+    assert read_events(tmp_path)["finetune/nll"] == [(1, 0.5)]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library's own
+def test_mlflow_knows_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    fail("mlflow", tmp_path)
+    (run,) = mlflow.search_runs(experiment_names=["vbdcompress"], output_format="list")
+    assert run.info.status == "FAILED"
+
+
+def test_run_closes_its_tracker_where_it_fails(
+    tmp_path: Path, zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    class Kept:
+        errors = ()
+
+        def log(self, values: Any, step: int) -> None: ...
+
+        def finish(self, values: Any) -> None:
+            ended.append("finished")
+
+        def fail(self) -> None:
+            ended.append("failed")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise ConfigError("run", "ends here.")
+
+    monkeypatch.setattr("vbdcompress.tracking.open_tracker", lambda *_: Tracker(Kept()))
+    monkeypatch.setattr("vbdcompress.pipeline.run_stages", stop)
+    with pytest.raises(SystemExit):
+        main(["run", str(zoo / "digits.pt"), "--out", str(tmp_path / "out"), "--track", "wandb"])
+    assert ended == ["failed"]
 
 
 def test_a_run_that_goes_on_tracks_where_it_stopped(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from vbdcompress.layout import has_layout, lay_out_, lay_out_fast_
 from vbdcompress.opening import Opened
 from vbdcompress.optimization import make_optimizer
 from vbdcompress.records import EpochRow
-from vbdcompress.training import EpochRunner, Listener
+from vbdcompress.training import FINE_TUNING, EpochRunner, Listener
 from vbdcompress.vbd.elbo import ELBO
 from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, set_threshold_
 
@@ -228,7 +228,7 @@ def _title(model: nn.Module, done: int, keep_zeros: bool) -> str:
     title = (
         f"Fitting the posterior of {count:,} {what}"
         if posteriors
-        else "Fine-tuning"
+        else FINE_TUNING
         if keep_zeros
         else "Training"
     )

@@ -4,14 +4,14 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 from vbdcompress.config import TrackerName
 from vbdcompress.errors import ConfigError
 from vbdcompress.records import EpochRow
-from vbdcompress.training import CutListener, Listener
+from vbdcompress.training import FINE_TUNING, CutListener, Listener
 
 PROJECT = "vbdcompress"
 METRICS = ("nll", "kl", "beta", "error", "sparsity", "learning_rate", "examples_per_second")
@@ -28,9 +28,14 @@ class _Backend(Protocol):
     def finish(self, values: Mapping[str, float]) -> None:
         """Results of the whole run; then the run is closed."""
 
+    def fail(self) -> None:
+        """Close the run, as one that failed."""
+
 
 class Tracker:
     """A `training.Listener` that sends every epoch to a tracker: "stage1/nll", "finetune/error", ...
+
+    A context manager: where the work inside ends by an exception, the run is closed as a failed one.
 
     Args:
         backend: of a tracker.
@@ -42,10 +47,17 @@ class Tracker:
         self.before, self.epochs = 0, 0  # epochs of the fits before this one, and of this one
         self.failed = False
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._send(self.backend.fail)
+
     def on_start(self, title: str, epochs: int) -> None:
         """Another fit: curves of its own."""
         self.before, self.epochs = self.before + self.epochs, epochs
-        if title.startswith("Fine-tuning"):
+        if title.startswith(FINE_TUNING):
             self.part = "finetune"
         else:
             self.stages += 1
@@ -117,7 +129,7 @@ class _TensorBoard:
     errors: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
-        self.logger = TensorBoardLogger(folder, name="", version="")
+        self.logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
         self.logger.log_hyperparams({key: str(value) for key, value in options.items()})
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -126,6 +138,9 @@ class _TensorBoard:
     def finish(self, values: Mapping[str, float]) -> None:
         self.logger.log_metrics(dict(values), 0)
         self.logger.finalize("success")
+
+    def fail(self) -> None:
+        self.logger.finalize("failed")  # writes the epochs that are still in memory
 
 
 class _WandB:
@@ -142,6 +157,9 @@ class _WandB:
     def finish(self, values: Mapping[str, float]) -> None:
         self.run.summary.update(dict(values))
         self.run.finish()
+
+    def fail(self) -> None:
+        self.run.finish(exit_code=1)
 
 
 class _MLflow:
@@ -161,12 +179,15 @@ class _MLflow:
         self.mlflow.log_metrics(dict(values))
         self.mlflow.end_run()
 
+    def fail(self) -> None:
+        self.mlflow.end_run("FAILED")
 
-# name -> (what it is made by, the module that it needs, the package that has it)
-_TRACKERS: dict[TrackerName, tuple[Callable[[str, Path, Mapping[str, Any]], _Backend], str, str]] = {
-    "tensorboard": (_TensorBoard, "tensorboard", "tensorboard"),
-    "wandb": (_WandB, "wandb", "wandb"),
-    "mlflow": (_MLflow, "mlflow", "mlflow"),
+
+# name of the tracker, and of the package that it needs
+_TRACKERS: dict[TrackerName, Callable[[str, Path, Mapping[str, Any]], _Backend]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "mlflow": _MLflow,
 }
 
 
@@ -184,11 +205,10 @@ def open_tracker(kind: TrackerName, name: str, folder: str | Path, options: Mapp
     """
     if kind not in _TRACKERS:
         raise ConfigError("track", f"no tracker is called '{kind}'.", f"One of: {', '.join(_TRACKERS)}")
-    make, module, package = _TRACKERS[kind]
-    if importlib.util.find_spec(module) is None:
-        raise ConfigError("track", f"'{kind}' is not installed.", f"pip install {package}")
+    if importlib.util.find_spec(kind) is None:
+        raise ConfigError("track", f"'{kind}' is not installed.", f"pip install {kind}")
     try:
-        return Tracker(make(name, Path(folder), options))
+        return Tracker(_TRACKERS[kind](name, Path(folder), options))
     except Exception as error:  # each tracker has exceptions of its own: of logins, addresses, versions
         raise ConfigError(
             "track", f"'{kind}' can't start: {error}", "Log in, or set it up by its environment variables."

@@ -23,6 +23,9 @@ from vbdcompress.records import EpochRow
 from vbdcompress.vbd.elbo import beta_at
 from vbdcompress.vbd.posterior import find_posteriors
 
+# How the title of a fit of a slim network begins
+FINE_TUNING = "Fine-tuning"
+
 
 class Listener(Protocol):
     """Is told how the fit goes on; only in the main process."""

@@ -1,6 +1,7 @@
 """vbdcompress run: the main job."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -32,7 +33,7 @@ STATE = ".state"
 TRACKING = "tracking"
 
 
-@click.command("run", short_help="Compress a trained network.")
+@click.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: exports/NAME]")
 @click.option(
@@ -226,17 +227,18 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
         _print_start(console, file, loaded, sources, config)
         if ways.track and main:
             tracker = open_tracker(ways.track, out.name, out / TRACKING, config.model_dump(mode="json"))
-        with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
-            listener = Listeners([progress, tracker]) if tracker else progress
-            workplace = replace(workplace, listener=listener)
-            result = run_stages(loaded.model, sources, config, origin, Judge(), workplace)
+        with tracker or nullcontext():
+            with FitProgress(console, every=max(1, config.epochs // 20)) as progress:
+                listener = Listeners([progress, tracker]) if tracker else progress
+                workplace = replace(workplace, listener=listener)
+                result = run_stages(loaded.model, sources, config, origin, Judge(), workplace)
+            if not result.is_main:
+                return
+            with console.status("Exporting and checking the ONNX file"):
+                content = result.export(out)
     finally:
         if main:
             workplace.remove_if_empty()
-    if not result.is_main:
-        return
-    with console.status("Exporting and checking the ONNX file"):
-        content = result.export(out)
     workplace.remove()
     if tracker:
         tracker.finish(content)
