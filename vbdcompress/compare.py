@@ -113,6 +113,11 @@ def flatten_output(output: Any) -> list[Tensor]:
     return [tensor for item in output for tensor in flatten_output(item)]
 
 
+def _doubles(tensor: Tensor) -> Tensor:
+    """Real numbers in double precision; of complex ones both parts."""
+    return (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).double()
+
+
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Largest difference over all outputs, relative to the largest expected; inf where shapes differ."""
     shapes = [tuple(tensor.shape) for tensor in expected]
@@ -122,7 +127,7 @@ def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> 
     for one, other in zip(expected, found, strict=True):
         if not one.numel():
             continue
-        left, right = one.detach().double(), other.detach().double()
+        left, right = _doubles(one), _doubles(other)
         equal = (left == right) | (left.isnan() & right.isnan())  # a mask's infinities too
         difference = float(torch.where(equal, 0.0, left - right).abs().max())
         scale = float(torch.where(left.isfinite(), left, 0.0).abs().max()) or 1.0
