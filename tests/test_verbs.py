@@ -52,6 +52,11 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[VbdcompressError], str]] = 
     "slim": (lambda c: vbd.slim(c.model), ConfigError, r"slim\(converted\), not slim\(converted.model\)"),
     "elbo": (lambda c: vbd.ELBO(c, nll, 4), ConfigError, "(?s)given a Converted, .*`model` is one"),
     "none": (lambda c: vbd.ELBO(c.model, nll, 0), ConfigError, "num_data = 0"),
+    "cost": (
+        lambda c: vbd.convert(network(), EXAMPLE, "weights", cost="macs"),
+        ConfigError,
+        "'weights' has none",
+    ),
     "skip": (lambda c: vbd.convert(network(), EXAMPLE, skip="0"), ConvertError, r"skip=\['0'\]"),
     "empty": (lambda c: vbd.convert(network(), EXAMPLE[:0]), ConvertError, "the example is empty"),
 }
@@ -63,3 +68,19 @@ def test_what_a_verb_is_not_for_is_named(mistake: str) -> None:
     converted = vbd.convert(network(), EXAMPLE)
     with pytest.raises(kind, match=told):
         make(converted)
+
+
+def test_the_example_of_the_package_runs(tmp_path: Path, zoo: Path) -> None:
+    digits = vbd.load_data("digits")
+    inputs, labels = digits.train.inputs[:200], digits.train.labels[:200]
+    batches = list(zip(inputs.split(50), labels.split(50), strict=True))
+    names = {"vbdcompress": vbd, "example": inputs[:9], "loader": batches}
+    lines = [line.strip() for line in (vbd.__doc__ or "").splitlines()]
+    code = "\n".join(lines[2 : lines.index("", 2)]).replace("zoo/", f"{zoo}/").replace('"out"', "out")
+    assert code.count("\n") == 6
+    told = "content = vbdcompress.report(...)"
+    exec(code.replace(told, ""), names | {"out": tmp_path / "out"})
+    assert told in code
+    cut = vbd.load_slim(tmp_path / "out" / "slim.safetensors", vbd.load(zoo / "digits.pt").model)
+    assert (tmp_path / "out" / "model.onnx").exists()
+    assert cut(inputs[:9]).shape == (9, 10)

@@ -1,10 +1,11 @@
 """vbdcompress: make a trained PyTorch network small, and prove that what comes out is right.
 
     loaded = vbdcompress.load("zoo/digits.pt")                          # a network from a file
-    converted = vbdcompress.convert(loaded.model, example)              # a posterior on every weight
+    converted = vbdcompress.convert(loaded.model, example)              # a gate on every channel
     vbdcompress.fit(converted.model, loader)                            # variational Bayesian dropout
     slimmed = vbdcompress.slim(converted, threshold=3.0)                # cut out what is noise
-    check = vbdcompress.export(slimmed.model, "out", example, header)   # ONNX, compared with torch
+    plans = (*loaded.plans, slimmed.plan)
+    check = vbdcompress.export(slimmed.model, "out", example, plans)    # ONNX, compared with torch
     content = vbdcompress.report(...)                                   # what happened, as JSON
 
 or all of it, on your own network and data:

@@ -29,7 +29,7 @@ REFINEMENTS = 6
 WELL_KNOWN = 4
 # Fine-tuning moves weights between codes, and so a file's bytes
 MOVED = 1.01
-# Of an output's largest weight: what 8 bits don't round to 0
+# Of the largest weight along the first dimension: what 8 bits don't round to 0
 SMALLEST = 0.01
 # Above the largest threshold of the curve, where the network is still whole
 STEP_TO_WHOLE = 4.0

@@ -105,7 +105,7 @@ def convert(
             mean of the two: what its removal saves, relative to the mean over all gates (a tempered
             ELBO). "none": nothing, the ELBO.
     Raises:
-        ConfigError: there is no such mode or cost.
+        ConfigError: there is no such mode or cost, or a cost in weights mode.
         ConvertError: the network fails on the example, holds NaN, has lazy layers, runs on layers that
             a copy does not hold, or nothing in it can be converted.
     """
@@ -113,6 +113,8 @@ def convert(
         raise ConfigError("convert", f"mode = {mode!r}, allowed are {' and '.join(map(repr, LOG_SIGMA2))}.")
     if cost not in get_args(Cost):
         raise ConfigError("convert", f"cost = {cost!r}, allowed are {', '.join(map(repr, get_args(Cost)))}.")
+    if mode == "weights" and cost != "none":
+        raise ConfigError("convert", f"cost = {cost!r} weighs channels; mode = 'weights' has none.")
     model = unwrap(model)
     check_skip(model, skip)
     check_model(model, example)  # without gradients: weights that hooks compute can be copied then

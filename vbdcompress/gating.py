@@ -26,7 +26,6 @@ from vbdcompress.surgery.weights import (
 from vbdcompress.vbd.gates import ChannelGate, InputGate, RecurrentGate, attach_gate_
 
 _SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
-    "none": (),
     "params": ("parameters",),
     "macs": ("macs",),
     "params+macs": ("parameters", "macs"),
@@ -37,6 +36,8 @@ def channel_costs(
     model: nn.Module, example: Inputs, groups: Sequence[ChannelGroup], cost: Cost
 ) -> dict[str, float]:
     """Group -> what one of its channels saves in the original network, over the mean of all gates."""
+    if cost == "none":
+        return {group.name: 1.0 for group in groups}
     layers = {row.name: row for row in layer_sizes(model, example)}
     count = sum(group.size for group in groups)
     weighed = []

@@ -68,7 +68,7 @@ def compress(
             tensors (model(*inputs)) or a dict of them (model(**inputs)); (inputs,) where the network
             takes a tuple or dict as its one argument.
         validation: batches that the network was not trained on; None splits some off the loader.
-        test: batches that are only read at the end.
+        test: batches whose error is measured once, at the end.
         loss: (output, target) -> scalar mean NLL in nats.
         metric: (output, target) -> [batch] errors in [0, 1].
         input: normalisation of the inputs, to pass on in the report.
@@ -172,7 +172,7 @@ def _run_stages(
     finetuned = run.finetune(current)
     rounding = run.round(current, done[-1].sigma, baseline)
     errors = run.final_errors(original, current, baseline)
-    current = current.cpu().eval()
+    original, current = original.cpu(), current.cpu().eval()
     context = ReportContext(
         name=origin.name,
         source=origin.source,

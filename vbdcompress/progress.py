@@ -12,7 +12,7 @@ REFRESH_SECONDS = 0.2
 
 
 class FitProgress:
-    """A `fitting.Listener` that draws; a context manager around one or several fits.
+    """A `training.Listener` that draws; a context manager around one or several fits.
 
     Args:
         console: to draw on; without a terminal only the epoch lines are printed.
@@ -31,7 +31,6 @@ class FitProgress:
             disable=not console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.epochs: int | None = None
         self._seen, self._since, self._drawn = 0, time.monotonic(), 0.0
 
     def __enter__(self) -> "FitProgress":
@@ -46,7 +45,6 @@ class FitProgress:
     def on_start(self, title: str, epochs: int) -> None:
         """Begin another fit: a new bar."""
         self._begin(title, epochs)
-        self.epochs = epochs
         self.console.print(f"[bold]{title}[/bold]  ({epochs} epochs)")
 
     def _begin(self, title: str, total: int) -> None:

@@ -75,7 +75,7 @@ def round_weight(layer: nn.Module, bits: int, sigma: Array | None = None) -> Rou
     dim = 1 if isinstance(layer, _ConvTransposeNd) else 0
     if bits == 16:
         return Rounded("fp16", 16, np.clip(weight, -HALF_MAX, HALF_MAX).astype(np.float16))
-    if bits == 8 and 2 * weight.shape[dim] <= 2 * 2**bits:
+    if bits == 8 and weight.shape[dim] <= 2**bits:  # half precision holds a scale, and a value
         return _to_int8(weight, dim)
     return _to_codebook(weight, bits, sigma)
 

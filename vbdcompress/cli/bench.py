@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vbdcompress.exporting.bench import BenchRow
 
 
-@click.command("bench", short_help="Measure how fast ONNX files are.")
+@click.command("bench")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="[default: 1, 8, 64]")
 @click.option(

@@ -27,7 +27,7 @@ _SEEN = (
 )
 
 
-@click.command("evaluate", short_help="Measure the error of a file.")
+@click.command("evaluate")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
 @click.option(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vbdcompress.surgery.groups import ChannelGroup
 
 
-@click.command("inspect", short_help="Say what would be converted.")
+@click.command("inspect")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--mode",

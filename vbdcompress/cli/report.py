@@ -7,7 +7,7 @@ import click
 from vbdcompress.errors import LoadError
 
 
-@click.command("report", short_help="Render a folder's report again.")
+@click.command("report")
 @click.argument("folder", type=click.Path(path_type=Path))
 def command(folder: Path) -> None:
     """Print the summary of the run in FOLDER and write its report.html anew from report.json.

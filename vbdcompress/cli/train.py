@@ -45,7 +45,7 @@ OPTIONS = (
 )
 
 
-@click.command("train", short_help="Train a network from scratch.")
+@click.command("train")
 @click.argument("arch")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .pt file to write.")
 @click.option(

@@ -9,7 +9,7 @@ from vbdcompress.errors import ConfigError, LoadError
 DEFAULT_FOLDER = Path("zoo")
 
 
-@click.command("zoo", short_help="List architectures, data sets and networks at hand.")
+@click.command("zoo")
 @click.argument("folder", type=click.Path(path_type=Path), default=DEFAULT_FOLDER)
 def command(folder: Path) -> None:
     """List the architectures and data sets known by name, and the checkpoints in FOLDER.

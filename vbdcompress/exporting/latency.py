@@ -13,6 +13,7 @@ from vbdcompress.records import Latency
 
 SECONDS_A_BATCH_SIZE = 2.0
 MIN_CALLS, MAX_CALLS = 20, 500
+BATCH_SIZES = 1, 64
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,15 @@ def time_in_turn(
     )
 
 
-def measure_latency(
-    original: tuple[Path, Inputs], slim: tuple[Path, Inputs], batch_sizes: Sequence[int] = (1, 64)
-) -> tuple[Latency, ...]:
+def measure_latency(original: tuple[Path, Inputs], slim: tuple[Path, Inputs]) -> tuple[Latency, ...]:
     """Median milliseconds of one call of each file, in turn.
 
     Args:
         original, slim: an ONNX file and real inputs for it, [n, ...]; repeated up to the batch size.
-        batch_sizes: to measure.
     """
     pairs = [(open_session(path), samples) for path, samples in (original, slim)]
     rows = []
-    for size in batch_sizes:
+    for size in BATCH_SIZES:
         calls = [partial(run_session, session, resize(samples, size)) for session, samples in pairs]
         timings = time_in_turn(calls)
         rows.append(Latency(size, timings[0].median_ms, timings[1].median_ms, timings[0].calls))

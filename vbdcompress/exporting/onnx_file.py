@@ -45,7 +45,6 @@ def export_onnx(
     samples: Inputs,
     *,
     input_name: str = "input",
-    tolerance: float = TOLERANCE,
     others: Sequence[Inputs] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     storage: Storage | None = None,
@@ -59,7 +58,6 @@ def export_onnx(
         input_name: of the graph's input; several are numbered behind it, and a dict's have their
             names. The first dimension is dynamic. The output is "output", or "output_1" (and so on) where
             an input is called that.
-        tolerance: for the largest difference, relative to the largest output.
         others: more real inputs, of other shapes: the dimensions in which they differ from the samples are
             dynamic, too, and the file is compared on them as well.
         batch_sizes: to compare at.
@@ -87,17 +85,17 @@ def export_onnx(
         packed = _pack_and_check_(proto, storage.rounded) if storage.pack else ()
         onnx.save(proto, partial)
         difference = compare_with_torch(plain, partial, shown, batch_sizes)
-        if not difference <= tolerance:
+        if not difference <= TOLERANCE:
             raise ExportError(
                 f"export to '{path.name}'",
                 f"onnxruntime differs from torch by {difference:.2g} of the largest output, "
-                f"allowed is {tolerance:.2g}; the file is not kept.",
+                f"allowed is {TOLERANCE:.2g}; the file is not kept.",
                 "Please report the network; until then result.model serves in torch.",
             )
         size = partial.stat().st_size
     opset = int(next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")))
     sizes = tuple(tuple(dims) for dims in open_dims(shown))
-    return ExportCheck(opset, size, tuple(batch_sizes), difference, tolerance, packed, sizes)
+    return ExportCheck(opset, size, tuple(batch_sizes), difference, TOLERANCE, packed, sizes)
 
 
 def _pack_and_check_(proto: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> tuple[PackedTensor, ...]:

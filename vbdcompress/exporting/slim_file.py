@@ -134,30 +134,26 @@ _WHICH = (
 )
 
 
-def load_slim(
-    path: str | Path, model: nn.Module | ExportedProgram | None = None, *, arch: str | None = None
-) -> nn.Module:
+def load_slim(path: str | Path, model: nn.Module | ExportedProgram | None = None) -> nn.Module:
     """The slim network as a module that runs and trains on.
 
     Args:
         path: a slim.safetensors file.
         model: a freshly built original network, cut in place and taken out of wrappers for several
             devices, or the program that was compressed; None builds the architecture that the file names.
-        arch: overrides the architecture in the file; may run code of its choosing.
     Raises:
         LoadError: the file is damaged, names no architecture, or does not fit the network.
         ConvertError: the model is TorchScript, or no network at all.
     """
     header, tensors = read_slim(Path(path))
     if model is None:
-        name = arch or header.architecture
-        if name is None:
+        if header.architecture is None:
             raise LoadError(
                 f"file '{path}'",
                 "does not name its architecture: the network came as an object, or as a program.",
                 "Pass a freshly built original, or the program: load_slim(path, model=MyNetwork())",
             )
-        model = build_architecture(name, header.arguments, trusted=arch is not None)
+        model = build_architecture(header.architecture, header.arguments, trusted=False)
     if isinstance(model, ExportedProgram):
         model = from_exported(model)
     model = unwrap(model)

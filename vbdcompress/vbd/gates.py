@@ -44,7 +44,10 @@ class ChannelGate(HasPosterior, nn.Module):
         return self.name or module_name
 
     def values(self, batch: int) -> Tensor:
-        """[batch, size] while training, drawn for each example and channel; in eval [1, size], masked."""
+        """[batch, size] while training, a draw for each; in eval [1, size], masked.
+
+        batch: the first dimension of what is multiplied: examples, or steps where a layer takes those first.
+        """
         if not self.training:
             return self.masked_theta()[None]
         sigma = (0.5 * self.log_sigma2).exp()
