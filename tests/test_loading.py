@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from vbdcompress.architectures import build_architecture
@@ -58,6 +59,38 @@ def test_load_finds_a_state_dict(tmp_path, wrap, prefix):
     loaded = load(save(tmp_path / "net.pt", wrap(state)), arch="digits")
     batch = torch.randn(2, 1, 8, 8)
     assert torch.equal(loaded.model(batch), model(batch))
+
+
+TIED = """
+from torch import nn
+
+
+def build():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+    model[1].weight = model[0].weight  # as language models do
+    return model
+"""
+
+
+def test_load_takes_weights_in_safetensors(tmp_path):
+    (tmp_path / "tied.py").write_text(TIED)
+    path, arch, weight = tmp_path / "tied.safetensors", f"{tmp_path}/tied.py:build", torch.randn(7, 4)
+    for name in ("0.weight", "1.weight"):  # of tied ones the format holds one
+        save_file({name: weight}, path)
+        found = load(path, arch=arch).model
+        assert found[1].weight is found[0].weight
+        assert torch.equal(found[1].weight, weight)
+    with pytest.raises(LoadError, match="holds 1 tensors but does not name its architecture"):
+        load(path)
+    save_file({"other": weight}, path)
+    with pytest.raises(LoadError, match=r"missing: 0\.weight, 1\.weight; not known: other"):
+        load(path, arch=arch)
+
+
+def test_load_says_that_onnx_is_not_taken(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08")
+    with pytest.raises(LoadError, match=r"an ONNX file, which can't be trained"):
+        load(tmp_path / "model.onnx")
 
 
 def test_load_takes_the_network_out_of_a_training_class(tmp_path):

@@ -15,7 +15,8 @@ from torch import nn
 from vbdcompress.architectures import build_architecture
 from vbdcompress.errors import LoadError
 from vbdcompress.exported import from_exported
-from vbdcompress.exporting.slim_file import load_slim, read_slim
+from vbdcompress.exporting.slim_file import FORMAT as SLIM_FORMAT
+from vbdcompress.exporting.slim_file import load_slim, read_safetensors, read_slim
 from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
@@ -71,11 +72,11 @@ def load(
     arguments: Mapping[str, Any] | None = None,
     unsafe_pickle: bool = False,
 ) -> Loaded:
-    """A network from a .pt, .pt2 or slim .safetensors file.
+    """A network from a .pt, .pt2 or .safetensors file.
 
     Args:
-        path: a checkpoint of `vbdcompress train`, a bare state_dict (then `arch` is needed), a
-            torch.export program, or a slim file.
+        path: a checkpoint of `vbdcompress train`, a slim file, a bare state_dict (.pt or .safetensors; then
+            `arch` is needed), or a torch.export program.
         arch: name of the architecture; see `build_architecture`. Overrides the file's.
         arguments: of the architecture's builder. Overrides the file's.
         unsafe_pickle: also read a whole pickled nn.Module or a program, which may run code from the
@@ -88,21 +89,19 @@ def load(
         raise LoadError(f"file '{path}'", "is a folder.", "Name the file in it: .pt, .pt2 or .safetensors")
     if not path.is_file():
         raise LoadError(f"file '{path}'", "does not exist." + _nearest_file(path))
-    if path.suffix == ".safetensors":
-        header, _ = read_slim(path)
-        name, given = arch or header.architecture, arguments or header.arguments or {}
-        original = None if name is None else build_architecture(name, given, trusted=arch is not None)
-        return Loaded(
-            load_slim(path, original),
-            name,
-            given,
-            header.data,
-            header.input,
-            header.validation,
-            plans=header.plans,
-            classes=header.classes,
+    if path.suffix == ".onnx":
+        raise LoadError(
+            f"file '{path}'",
+            "is an ONNX file, which can't be trained.",
+            "Give the PyTorch network that it was made from: .pt, .pt2 or .safetensors",
         )
-    content = _read_pt(path, unsafe_pickle)
+    content: Any
+    if path.suffix == ".safetensors":
+        metadata, content = read_safetensors(path)
+        if SLIM_FORMAT in metadata:
+            return _from_slim(path, arch, arguments)
+    else:
+        content = _read_pt(path, unsafe_pickle)
     if isinstance(content, nn.Module):
         return Loaded(unwrap(content).cpu().eval())
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
@@ -117,6 +116,22 @@ def load(
     model = build_architecture(arch, arguments, trusted=True)
     load_state_(path, arch, model, state)
     return Loaded(model.eval(), arch, dict(arguments or {}))
+
+
+def _from_slim(path: Path, arch: str | None, arguments: Mapping[str, Any] | None) -> Loaded:
+    header, _ = read_slim(path)
+    name, given = arch or header.architecture, arguments or header.arguments or {}
+    original = None if name is None else build_architecture(name, given, trusted=arch is not None)
+    return Loaded(
+        load_slim(path, original),
+        name,
+        given,
+        header.data,
+        header.input,
+        header.validation,
+        plans=header.plans,
+        classes=header.classes,
+    )
 
 
 def save_checkpoint(path: Path, loaded: Loaded) -> None:

@@ -56,7 +56,8 @@ def load_state_(path: Path, arch: str, model: nn.Module, state: Any) -> None:
         told = f"{odd[0]!r} is {state[odd[0]].dtype}, {state[odd[0]].layout}, on {state[odd[0]].device}"
         raise LoadError(where, f"holds what is no weight of a network: {told}.", "Allowed are dense tensors.")
     state = _without_wrappers(state, expected)
-    missing = [key for key in expected if key not in state]
+    given = {memory_of(expected[key]) for key in state if key in expected} - {None}
+    missing = [key for key in expected if key not in state and memory_of(expected[key]) not in given]
     unknown = [key for key in state if key not in expected]
     shapes = [
         f"{key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}"
@@ -80,7 +81,12 @@ def load_state_(path: Path, arch: str, model: nn.Module, state: Any) -> None:
     ]
     if problems:
         raise LoadError(where, f"does not fit architecture '{arch}'; {'; '.join(problems)}.")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # of weights that are tied a file may hold one
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """The same for tensors that are one; None for those without elements."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -38,6 +38,8 @@ def test_inspect_prints_layers_and_touches_nothing(cli, zoo, tmp_path, monkeypat
     }
     assert content["size"]["parameters"] == 13754
     assert "fc1 (inputs)" in {group["name"] for group in content["groups"]}
+    of_both = json.loads(cli("inspect", zoo / "digits.pt", "--prune-inputs", "--json", "--mode", "both")[1])
+    assert of_both == content  # the round of channels comes first
     code, out, _ = cli("inspect", zoo / "digits.pt")
     assert code == 0
     assert "conv2" in out

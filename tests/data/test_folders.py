@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
+from vbdcompress.data import load_data
 from vbdcompress.data.folders import read_folder
 from vbdcompress.errors import DataError
 
@@ -42,6 +43,19 @@ def test_read_folder_with_parts(tmp_path: Path, part: str | None) -> None:
     found = read_folder(tmp_path, None)
     assert len(found.train.labels) == 3
     assert (found.test.labels.tolist() if found.test else None) == ([0, 1, 1, 1, 1] if part else None)
+
+
+@pytest.mark.parametrize(("apart", "test_labels"), [("val", None), ("test", [0]), ("elsewhere", [0, 1])])
+def test_a_part_given_as_validation_data_is_no_test_set(
+    tmp_path: Path, apart: str, test_labels: list[int] | None
+) -> None:
+    write_folder(tmp_path / "train", {"cat": 20, "dog": 1})
+    write_folder(tmp_path / "val", {"cat": 1, "dog": 0} if apart == "test" else {"cat": 1, "dog": 1})
+    for part in {"test", "elsewhere"} & {apart}:
+        write_folder(tmp_path / part, {"cat": 1, "dog": 1})
+    found = load_data(str(tmp_path), validation_path=str(tmp_path / "train" / ".." / apart))
+    assert (found.test.labels.tolist() if found.test else None) == test_labels
+    assert len(found.validation) == 2
 
 
 def test_read_folder_resizes_to_one_size(tmp_path: Path) -> None:

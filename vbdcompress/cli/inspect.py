@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--mode",
-    type=click.Choice(["weights", "channels"]),
+    type=click.Choice(["weights", "channels", "both"]),
     default="channels",
     show_default=True,
-    help="`run --mode both` is channels, then weights of what is left.",
+    help="As for `run`; both is channels, then weights of what is left: its channels are shown.",
 )
 @click.option("--skip", multiple=True, metavar="NAME", help="Layer to leave whole, with all below it.")
 @click.option("--prune-inputs", is_flag=True, help="Also input features and flattened features.")
@@ -57,6 +57,7 @@ def command(
     from vbdcompress.count import measure_size
     from vbdcompress.loading import load
 
+    mode = "channels" if mode == "both" else mode
     loaded = load(file, arch=arch, arguments=parse_arch_args(arch_args), unsafe_pickle=unsafe_pickle)
     shape = _parse_shape(input_shape) or (loaded.input.shape if loaded.input else None)
     if shape is None:

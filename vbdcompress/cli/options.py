@@ -118,13 +118,14 @@ def data_options(command: Command) -> Command:
     command = click.option(
         "--mean",
         metavar="X[,X,X]",
-        help="Of each channel, of pixels in [0, 1]: what the network's training subtracted (0 for nothing). "
-        "Without it the file's, else measured on the training images.",
+        help="Of each channel, of pixels in [0, 1]: what the network's training subtracted; for nothing "
+        "--mean 0 --std 1. Without it the file's, else measured on the training images.",
     )(command)
     command = click.option(
         "--image-size",
         type=click.IntRange(min=1),
-        help="Height and width that a folder's images are resized to; for folders alone.",
+        help="The shorter side of a folder's images is resized to this, then the middle cut out; for folders "
+        "alone.",
     )(command)
     command = click.option(
         "--data-root",
@@ -136,7 +137,7 @@ def data_options(command: Command) -> Command:
         "--data",
         metavar="NAME|PATH",
         help="Data set: digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, svhn, stl10, a folder of "
-        "class folders, or an .npz file. Without it, the one that the file names.",
+        "class folders, or an .npz file. Not needed for a network's file that names its own.",
     )(command)
 
 

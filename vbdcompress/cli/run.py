@@ -48,7 +48,12 @@ TRACKING = "tracking"
     type=click.Choice(get_args(TrackerName)),
     help="Send curves to a tracker; tensorboard's files are in OUT/tracking.",
 )
-@click.option("--resume", is_flag=True, help="Go on from where an unfinished run stopped.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from where an unfinished run stopped, with the same options; threshold, budget, bits and "
+    "those of fine-tuning may be others.",
+)
 @click.option(
     "--overwrite", is_flag=True, help="Replace these files in the output folder; others in it stay."
 )

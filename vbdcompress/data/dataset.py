@@ -116,7 +116,8 @@ def load_data(
         normalisation: shape, mean and std that the network was trained with; without a mean, it and std are
             measured on the training images, for each channel, after scaling pixels to [0, 1].
         validation_fraction, validation_seed: the split of the training data.
-        validation_path: a folder or .npz of validation data instead; then nothing is split off.
+        validation_path: a folder or .npz of validation data instead; then nothing is split off. A part of
+            the data set's own folder is no test set then.
         image_size: that a folder's images are resized to; None takes what the network was trained on, where
             that is square.
         classes: of the network, by its outputs; empty where nobody says.
@@ -130,7 +131,8 @@ def load_data(
             f"data set '{name}'", "is no folder: --image-size is for folders of images.", "Leave it out."
         )
     trained = normalisation.shape if normalisation and is_folder(name) else ()
-    raw, image_size = _read_sized(name, root, image_size, trained)
+    apart = None if validation_path is None else Path(validation_path)
+    raw, image_size = _read_sized(name, root, image_size, trained, apart)
     notes = _check_classes(name, raw.classes, classes)
     if validation_path is None:
         notes += raw.notes
@@ -163,14 +165,14 @@ def load_data(
 
 
 def _read_sized(
-    name: str, root: Path | None, image_size: int | None, trained: tuple[int, ...]
+    name: str, root: Path | None, image_size: int | None, trained: tuple[int, ...], apart: Path | None
 ) -> tuple[RawSet, int | None]:
     """Images of the size that was asked for, else of the one trained on; and what they were resized to."""
     if image_size is not None or len(trained) != 3:
-        return read_source(name, root, image_size), image_size
+        return read_source(name, root, image_size, apart), image_size
     if trained[1] == trained[2]:
         image_size = trained[2]
-    raw = read_source(name, root, image_size)
+    raw = read_source(name, root, image_size, apart)
     found = tuple(raw.train.images.shape[2:])
     if found != trained[1:]:
         raise DataError(

@@ -26,13 +26,18 @@ MAX_FOLDER_BYTES = 8 * 2**30
 BRIGHTEST_16, OF_16_TO_8 = 65535, 257
 
 
-def read_folder(path: Path, image_size: int | None) -> RawSet:
+def read_folder(path: Path, image_size: int | None, apart: Path | None = None) -> RawSet:
     """ROOT/train/CLASS/image and ROOT/test (or val), or just ROOT/CLASS/image with no test part.
 
     Files and folders whose names begin with a dot are passed over. An empty class folder is a class.
+
+    Args:
+        image_size: see `read_source`.
+        apart: a folder that is validation data, and so no test part.
     """
     where = f"data set '{path}'"
     parts = [part for part in ("test", "val") if (path / part).is_dir()]
+    parts = [part for part in parts if apart is None or (path / part).resolve() != apart.resolve()]
     if not (path / "train").is_dir():
         if parts:
             raise DataError(where, f"has a folder '{parts[0]}' but no 'train'.")

@@ -23,13 +23,14 @@ MOST_CLASSES = 2**20
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
+def read_source(name: str, root: Path | None, image_size: int | None, apart: Path | None = None) -> RawSet:
     """The raw tensors of a data set.
 
     Args:
         name: one of NAMED_SETS, a folder of class folders, or an .npz file.
         root: where torchvision keeps its sets; downloads there what is missing.
-        image_size: height and width that a folder's images are resized and cropped to.
+        image_size: that the shorter side of a folder's images is resized to, before the middle is cut out.
+        apart: a folder that is validation data, and so no test part of this one.
     Raises:
         DataError: unknown name, missing or malformed data.
     """
@@ -41,7 +42,7 @@ def read_source(name: str, root: Path | None, image_size: int | None) -> RawSet:
     if path.suffix == ".npz" and path.is_file():
         return _read_npz(path)
     if path.is_dir():
-        return read_folder(path, image_size)
+        return read_folder(path, image_size, apart)
     near = get_close_matches(name.lower(), NAMED_SETS, n=1) if path.name == name else ()
     raise DataError(
         f"data set '{name}'",

@@ -19,6 +19,7 @@ from vbdcompress.exported import from_exported
 from vbdcompress.files import replacing
 from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
+from vbdcompress.state_dicts import memory_of
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
 
 FORMAT, VERSION = "vbdcompress.slim", 1
@@ -81,22 +82,26 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict on the CPU, each shared tensor once, under its first name."""
     state, seen = {}, set()
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() == 0 or key not in seen:
-            seen.add(key)
+        memory = memory_of(tensor)
+        if memory is None or memory not in seen:
+            seen.add(memory)
             state[name] = tensor.detach().cpu()
     return state
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file. Raises LoadError where it is none, or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"file '{path}'", f"can't be read as safetensors: {error}") from error
 
 
 def read_slim(path: Path) -> tuple[SlimFile, dict[str, Tensor]]:
     """Header and tensors of a slim file. Raises LoadError where it is none, or damaged."""
     where = f"file '{path}'"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise LoadError(where, f"can't be read as safetensors: {error}") from error
+    metadata, stored = read_safetensors(path)
     try:
         content = json.loads(metadata.get(FORMAT, "{}"))
         if content.get("version") != VERSION:
