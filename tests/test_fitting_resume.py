@@ -245,8 +245,9 @@ class Interrupt:
 
 
 @pytest.mark.parametrize(
-    ("stop", "own"), [(14, False), (29, False), (14, True)]
-)  # in the second round, in fine-tuning
+    ("stop", "own"),  # in the second round, in fine-tuning
+    [(14, False), pytest.param(29, False, marks=pytest.mark.slow), (14, True)],
+)
 def test_a_resumed_run_takes_the_statistics_of_norms_from_the_same_examples(
     tmp_path: Path, stop: int, own: bool
 ) -> None:

@@ -89,8 +89,15 @@ CASES: dict[str, tuple[type[nn.Module], Any, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["channels", "weights"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("two inputs", "channels"),
+        ("dict", "weights"),
+        pytest.param("two inputs", "weights", marks=pytest.mark.slow),
+        pytest.param("dict", "channels", marks=pytest.mark.slow),
+    ],
+)
 def test_several_inputs_go_the_whole_way(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,14 +25,10 @@ def data(zoo):
     return load_data("digits", validation_fraction=split["fraction"], validation_seed=split["seed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "seed", "allowed", "used"),
-    [
-        pytest.param("8", 1, 12_000, 0.93, marks=pytest.mark.slow),
-        ("auto", 0, 8_455, 0.75),
-        pytest.param("32", 0, 30_000, 0.95, marks=pytest.mark.slow),
-        pytest.param("auto", 1, 10_000, 0.75, marks=pytest.mark.slow),
-    ],
+    [("8", 1, 12_000, 0.93), ("auto", 0, 8_455, 0.75), ("32", 0, 30_000, 0.95), ("auto", 1, 10_000, 0.75)],
 )
 def test_a_limit_of_bytes_is_kept_and_used(zoo, data, tmp_path, bits, seed, allowed, used):
     found = compress(

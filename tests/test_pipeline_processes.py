@@ -168,7 +168,7 @@ def run_in_two(tmp_path: Path, text: str, *arguments: str, launch: Sequence[str]
 
 
 @pytest.mark.timeout(SECONDS + 30)
-@pytest.mark.parametrize("accepted", ["all", "none"])
+@pytest.mark.parametrize("accepted", [pytest.param("all", marks=pytest.mark.slow), "none"])
 def test_all_processes_cut_where_the_main_one_does_and_end_alike(tmp_path: Path, accepted: str) -> None:
     first, other = run_in_two(tmp_path, SCRIPT, accepted)
     assert first == other
@@ -181,6 +181,7 @@ def test_processes_do_not_repeat_each_other_s_augmentation(tmp_path: Path) -> No
     assert not set(first) & set(other)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 30)
 def test_one_process_of_those_that_torchrun_starts_downloads(tmp_path: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

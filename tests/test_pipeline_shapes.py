@@ -52,8 +52,15 @@ def serve(folder: Path, ids: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, given)[0])
 
 
-@pytest.mark.parametrize("options", [{"mode": "weights", "int8": True}, {"mode": "channels"}])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    ("options", "shuffle"),
+    [
+        ({"mode": "weights", "int8": True}, False),
+        ({"mode": "channels"}, True),
+        pytest.param({"mode": "weights", "int8": True}, True, marks=pytest.mark.slow),
+        pytest.param({"mode": "channels"}, False, marks=pytest.mark.slow),
+    ],
+)
 def test_batches_of_several_lengths_give_a_file_for_any(
     shuffle: bool, options: dict[str, Any], tmp_path: Path
 ):
@@ -156,8 +163,15 @@ def test_a_network_that_takes_time_first_is_refused():
         compress(Tokens(batch_first=False), batches, validation=batches)
 
 
-@pytest.mark.parametrize("mode", ["channels", "weights"])
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("mode", "without"),
+    [
+        ("channels", torch.no_grad),
+        ("weights", torch.inference_mode),
+        pytest.param("weights", torch.no_grad, marks=pytest.mark.slow),
+        pytest.param("channels", torch.inference_mode, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The network may have been trained")
 def test_compress_keeps_gradients_where_the_caller_has_none(
     mode: str, without: Callable[[], AbstractContextManager[None]]

@@ -1,4 +1,4 @@
-"""The command line on a simulated device: `python simulated.py LIBRARY run zoo/digits.pt ...`.
+"""Commands on a simulated device: `python simulated.py LIBRARY train ... + run zoo/digits.pt ...`.
 
 LIBRARY is simulated.cpp compiled, see `compile_library`. Everything runs as it would on a GPU: networks and
 batches are moved there, and an operation on tensors of both sides raises. In a process of its own, for torch
@@ -8,6 +8,7 @@ knows only one such device, and no way back.
 import shutil
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -113,4 +114,7 @@ if __name__ == "__main__":
     # Parameters stay the objects that they were where a network moves, as they do on a GPU
     torch.__future__.set_swap_module_params_on_conversion(True)
     vbdcompress.devices.Fabric = start
-    main()
+    for _, words in groupby(sys.argv[1:], key=lambda word: word == "+"):
+        given = list(words)
+        if given != ["+"]:
+            main(given)

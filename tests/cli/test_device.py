@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def on_device(library: Path, *arguments: Any) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def assert_runs_alike(library: Path, cli: Any, folder: Path, *given: Any) -> None:
-    """The same run there and on the CPU; both draw the same noise, and sum in another order."""
-    on_device(library, "run", *given, *QUICK, "--out", folder / "there")
+def assert_runs_alike(library: Path, cli: Any, folder: Path, *given: Any, before: Sequence[Any] = ()) -> None:
+    """The same run there, after other commands, and on the CPU: the same noise, summed in another order."""
+    on_device(library, *before, "run", *given, *QUICK, "--out", folder / "there")
     code, _, err = cli("run", *given, *QUICK, "--device", "cpu", "--out", folder / "here")
     assert code == 0, err
     there, here = (json.loads((folder / name / "report.json").read_text()) for name in ("there", "here"))
@@ -49,14 +50,15 @@ def assert_runs_alike(library: Path, cli: Any, folder: Path, *given: Any) -> Non
 
 def test_train_and_run_do_there_what_they_do_here(library, cli, tmp_path):
     given = ["train", "digits", "--data", "digits", "--epochs", "4"]
-    on_device(library, *given, "--out", tmp_path / "there.pt")
+    before = [*given, "--out", tmp_path / "there.pt", "+"]
+    run = [tmp_path / "there.pt", "--mode", "both", "--bits", "auto"]
+    assert_runs_alike(library, cli, tmp_path, *run, before=before)
     code, _, err = cli(*given, "--device", "cpu", "--out", tmp_path / "here.pt")
     assert code == 0, err
     there, here = (
         torch.load(tmp_path / name, weights_only=True)["state_dict"] for name in ("there.pt", "here.pt")
     )
     assert all(torch.allclose(there[name], here[name], rtol=0.05, atol=0.02) for name in here)
-    assert_runs_alike(library, cli, tmp_path, tmp_path / "there.pt", "--mode", "both", "--bits", "auto")
 
 
 @pytest.mark.slow

@@ -148,8 +148,15 @@ def test_channels_and_heads_of_a_program_can_go(kind: Any) -> None:
             assert told in (groups[layer].whole_because or "")
 
 
-@pytest.mark.parametrize("mode", ["channels", "weights"])
-@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        (Sequences, "channels"),
+        (Upscaling, "weights"),
+        pytest.param(Sequences, "weights", marks=pytest.mark.slow),
+        pytest.param(Upscaling, "channels", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings(GRU_WARNING)
 def test_a_program_is_cut_exactly(kind: Any, mode: Any, tmp_path: Path) -> None:
     _, found = exported(kind)

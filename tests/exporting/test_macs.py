@@ -58,7 +58,9 @@ class Recurrent(nn.Module):
         return self.head(self.cells(x)[0].mean(1))
 
 
-@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize(
+    ("kind", "gates"), [(nn.LSTM, 4), pytest.param(nn.GRU, 3, marks=pytest.mark.slow), (nn.RNN, 1)]
+)
 def test_macs_of_recurrent_layers_are_those_of_their_steps(
     kind: type[nn.RNNBase], gates: int, tmp_path: Path
 ) -> None:

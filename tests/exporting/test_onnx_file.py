@@ -135,7 +135,9 @@ def test_export_onnx_takes_attention_in_windows(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["digits", "resnet20", "torchvision:squeezenet1_0"])
+@pytest.mark.parametrize(
+    "name", ["digits", "resnet20", pytest.param("torchvision:squeezenet1_0", marks=pytest.mark.slow)]
+)
 def test_export_onnx_of_a_slim_network_has_the_operators_of_the_original(name, tmp_path):
     """What slicing does to layers that share channels must not cost gathers, slices or concatenations."""
     torch.manual_seed(0)

@@ -58,8 +58,15 @@ def differences(model: nn.Module, path: Path, batches: list[Inputs]) -> list[flo
     return found
 
 
-@pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("first", [1, 6])  # torch takes a size of 1 for a constant
+@pytest.mark.parametrize(
+    ("first", "pack"),
+    [
+        (1, True),  # torch takes a size of 1 for a constant
+        (6, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(6, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_dimension_that_differs_is_open_in_all_inputs_that_share_it(first: int, pack: bool, tmp_path: Path):
     model, path = Masked().eval(), tmp_path / "model.onnx"
     others = [sentences(9), sentences(11)]

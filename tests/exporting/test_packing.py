@@ -134,7 +134,7 @@ def small_network() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("bits", [32, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (16, 8)), 4])
 def test_export_packs_layers_behind_batch_norm_and_transposed_ones(bits: int, tmp_path: Path) -> None:
     model, codes = small_network(), {}
     if bits < 32:

@@ -117,7 +117,7 @@ def test_inputs_can_go_twice(name: str) -> None:
     assert sizes[1] < 0.7 * sizes[0]
 
 
-@pytest.mark.parametrize("mode", ["channels", "weights"])
+@pytest.mark.parametrize("mode", ["channels", pytest.param("weights", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_undo_restores_the_exact_original(name: str, mode: str) -> None:
     model, batch = build_random(name)

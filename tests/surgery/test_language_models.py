@@ -28,8 +28,18 @@ def switch_off_(model: nn.Module) -> None:
         posterior.log_sigma2[off] = 60.0
 
 
-@pytest.mark.parametrize("mode", ["channels", "weights"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, "channels") for name in NETWORKS),
+        *((name, "weights") for name in ("encoder", "decoder")),
+        *(
+            pytest.param(name, "weights", marks=pytest.mark.slow)
+            for name in NETWORKS
+            if name not in ("encoder", "decoder")
+        ),
+    ],
+)
 def test_slim_equals_masked_and_onnx_equals_torch(name: str, mode: Any, tmp_path: Path) -> None:
     converted = convert(built(name).double(), batch(3, 0), mode)
     switch_off_(converted.model)

@@ -79,8 +79,9 @@ def start(*arguments: Any) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("methods", [[], pytest.param(["vbd", "taylor"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("methods", [[], ["vbd", "taylor"]])
 def test_slice_is_cut_off_carried_and_goes_on_to_the_end(
     tmp_path: Path, narrow: list[str], methods: list[str]
 ) -> None:

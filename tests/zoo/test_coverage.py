@@ -13,7 +13,7 @@ from click.testing import CliRunner
 COVERAGE = Path(__file__).parents[2] / "zoo" / "coverage"
 # Squeeze-excite beside depthwise; groups with squeeze-excite; shuffled halves; fused attention; a pyramid
 SAMPLE = [
-    ("torchvision:mobilenet_v3_small", "channels"),
+    pytest.param("torchvision:mobilenet_v3_small", "channels", marks=pytest.mark.slow),
     pytest.param("torchvision:regnet_y_400mf", "channels", marks=pytest.mark.slow),
     pytest.param("torchvision:shufflenet_v2_x0_5", "channels", marks=pytest.mark.slow),
     pytest.param("timm:deit_tiny_patch16_224", "weights", marks=pytest.mark.slow),
