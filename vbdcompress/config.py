@@ -30,10 +30,8 @@ class FitConfig(BaseModel):
 
     prior: Prior = Field("vbd", description="Prior: the paper's hierarchical one, or log-uniform (vd).")
     epochs: int = Field(100, ge=0, description="Passes over the training set.")
-    optimizer: Literal["adam", "sgd"] = Field(
-        "adam", description="Adam, or gradient descent with Nesterov's momentum of 0.9."
-    )
-    lr: float = Field(2e-3, gt=0, description="Rate for weights (theta).")
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="sgd has Nesterov's momentum of 0.9.")
+    lr: float = Field(2e-3, gt=0, description="Learning rate of weights (theta).")
     lr_log_sigma2: float = Field(3e-3, gt=0, description="Rate for log variances of weights.")
     lr_gates: float = Field(3e-2, gt=0, description="Rate for channel gates.")
     weight_decay: float = Field(
@@ -77,7 +75,7 @@ class FitConfig(BaseModel):
         ge=1,
         description="Processes on this machine, one device each; torchrun's own where it started them.",
     )
-    precision: Precision = Field("32-true", description="Of the forward pass while fitting.")
+    precision: Precision = Field("32-true", description="Of the forward pass while training.")
     compile: bool = Field(
         False,
         description="Let torch.compile fuse the training step: compiling takes a minute or so, steps less.",
