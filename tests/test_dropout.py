@@ -1,9 +1,7 @@
 """A network's own dropout in a fit, seen from outside: how much of what went through it was zero."""
 
 import copy
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from vbdcompress import compress
 from vbdcompress.attention import HeadAttention
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.dropout import scaled_dropout
 from vbdcompress.errors import FitError
-from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.fitting import fit
 
 WIDE = 2000
@@ -109,37 +105,3 @@ def test_a_rate_that_can_not_be_set_is_left(small_batches: TensorBatches, dropou
     model.drop = Computed(0.5)
     fit(model, small_batches, FitConfig(epochs=1, device="cpu", dropout=dropout))
     assert model.zeros == pytest.approx([0.5] * 3, abs=0.03)
-
-
-def test_a_run_begun_before_dropout_could_be_left_out_goes_on_with_all_of_it(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    inputs, labels = torch.randn(40, 5, generator=generator), torch.arange(40) % 3
-    batches = TensorBatches(inputs, labels, 4, shuffle=True)
-
-    class Stop:
-        def on_start(self, title: str, epochs: int) -> None: ...
-
-        def on_step(self, epoch: int, step: int, steps: int | None, examples: int) -> None: ...
-
-        def on_epoch(self, row: Any, epochs: int) -> None:
-            if row.epoch == 2:
-                raise KeyboardInterrupt
-
-    def go(**options: Any) -> list[float]:
-        torch.manual_seed(0)
-        told = {"epochs": 4, "finetune_epochs": 0, "device": "cpu", "checkpoints": tmp_path} | options
-        found = compress(Dropping(), batches, validation=batches, test=batches, **told)
-        return [row["nll"] for row in found.report["stages"][0]["epochs"]]
-
-    unbroken = go(dropout=1.0, checkpoints=None)
-    with pytest.raises(KeyboardInterrupt):
-        go(dropout=1.0, listener=Stop())
-    identity = json.loads((tmp_path / "run.json").read_text())
-    del identity["dropout"]
-    (tmp_path / "run.json").write_text(json.dumps(identity))
-    state = load_tensors(tmp_path / "1-channels.ckpt")
-    del state["config"]["dropout"]
-    save_tensors(tmp_path / "1-channels.ckpt", state)
-    with pytest.raises(FitError, match=r"dropout was 1\.0, is None"):
-        go(resume=True)
-    assert go(resume=True, dropout=1.0) == unbroken

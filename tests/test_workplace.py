@@ -7,7 +7,7 @@ from torch import nn
 from vbdcompress.config import make_config
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import FitError
-from vbdcompress.workplace import LATER, OUTPUTS, Workplace, identify_run
+from vbdcompress.workplace import OUTPUTS, Workplace, identify_run
 
 ALL = ["1-channels", "2-weights", "finetune"]
 FIRST = {"mode": "channels", "epochs": 3}
@@ -135,10 +135,7 @@ def test_a_set_is_told_from_another_of_its_size():
     assert TensorBatches(inputs + 1, labels, 10).digest() != digest
 
 
-def test_a_run_of_before_these_were_noted_goes_on(tmp_path):
-    identity = identity_of()
-    Workplace(tmp_path).claim({key: value for key, value in identity.items() if key not in LATER})
-    Workplace(tmp_path, resume=True).claim(identity)
+def test_complex_outputs_are_told_apart_by_both_parts():
     numbers = identity_of(lambda x: torch.complex(x, x))[OUTPUTS]
     assert len(numbers) == 8
 

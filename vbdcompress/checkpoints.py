@@ -16,8 +16,6 @@ from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.records import EpochRow
 
 CHECKPOINT_SHARE = 0.05
-# What runs did that were begun before an option was there, by its name
-BEFORE = {"dropout": 1.0}
 START_ANEW = "Resume with the same options, or start anew with --overwrite."
 
 
@@ -116,7 +114,7 @@ class FitState:
         differing = {
             name: (saved.get(name), value)
             for name, value in _fingerprint(self.config).items()
-            if saved.get(name) != value and not (name not in saved and value == BEFORE.get(name))
+            if saved.get(name) != value
         }
         if differing:
             changes = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in differing.items())

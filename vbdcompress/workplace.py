@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.checkpoints import BEFORE, START_ANEW, FitCheckpoint
+from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.choices import ChoiceFile
 from vbdcompress.compare import flatten_output
 from vbdcompress.config import MACHINE, RunConfig
@@ -36,8 +36,6 @@ FINETUNING = {"finetune_epochs", "lr_finetune"}
 WRITING = {"bits", "pack", "embed_preprocessing", "int8"}
 # The network's on made-up inputs: so many of each, the same to so much of the largest
 OUTPUTS, SHOWN, OUTPUTS_TOLERANCE = "outputs", 16, 1e-3
-# What runs did not note that began before it was asked for
-LATER = {"loss", "metric", "digests", OUTPUTS}
 
 
 def identify_run(
@@ -133,9 +131,9 @@ class Workplace:
         path = self.folder / IDENTITY_FILE
         before = self._identity_of_last(path)
         if self.resume and before is not None:
-            before = BEFORE | before
-            told = {key: value for key, value in identity.items() if key in before or key not in LATER}
-            differing = sorted(key for key, value in told.items() if not _same(key, value, before.get(key)))
+            differing = sorted(
+                key for key, value in identity.items() if not _same(key, value, before.get(key))
+            )
             fatal = [key for key in differing if key not in CUT | FINETUNING | WRITING]
             if fatal:
                 changes = ", ".join(_change(key, before.get(key), identity[key]) for key in fatal)
