@@ -23,6 +23,11 @@ def test_other_shapes_and_nan_are_infinitely_far(found: list[torch.Tensor]) -> N
     assert relative_difference([torch.ones(2)], found) == float("inf")
 
 
+def test_conjugated_outputs_are_compared() -> None:
+    output = torch.tensor([1 + 2j, 3 - 4j])
+    assert relative_difference([output.conj()], [output]) == pytest.approx(8 / 4)
+
+
 def test_the_same_infinities_and_nan_are_no_difference() -> None:
     mask = torch.tensor([0.0, -torch.inf, torch.nan])
     assert relative_difference([mask], [mask.clone()]) == 0

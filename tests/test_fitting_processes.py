@@ -255,11 +255,7 @@ def test_fit_with_devices_2_equals_one_process(script: Path, expected: list[list
     ("how", "found"),
     [
         ("killed", "processes: process 0 of 2 lost another one: it has ended or failed."),
-        pytest.param(
-            "changing",
-            "processes: the network's code takes other layers in this step than in the first",
-            marks=pytest.mark.slow,
-        ),
+        ("changing", "processes: the network's code takes other layers in this step than in the first"),
         pytest.param(
             "elsewhere",
             "resume: process 1 found a checkpoint of 0 epochs, other processes of others.",

@@ -80,11 +80,39 @@ def test_load_takes_weights_in_safetensors(tmp_path):
         found = load(path, arch=arch).model
         assert found[1].weight is found[0].weight
         assert torch.equal(found[1].weight, weight)
+    for wrapped in ({"module.1.weight": weight}, {"net.1.weight": weight, "loss.weight": torch.ones(3)}):
+        save_file(wrapped, path)
+        assert torch.equal(load(path, arch=arch).model[0].weight, weight)
+    save_file({"0.weight": weight}, path)
     with pytest.raises(LoadError, match="holds 1 tensors but does not name its architecture"):
         load(path)
     save_file({"other": weight}, path)
     with pytest.raises(LoadError, match=r"missing: 0\.weight, 1\.weight; not known: other"):
         load(path, arch=arch)
+
+
+EXTRA = """
+from torch import nn
+
+
+class WithState(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def build():
+    return WithState(2, 2)
+"""
+
+
+def test_load_says_that_extra_state_is_missing(tmp_path):
+    (tmp_path / "extra.py").write_text(EXTRA)
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "extra.pt")
+    with pytest.raises(LoadError, match="missing: _extra_state"):
+        load(tmp_path / "extra.pt", arch=f"{tmp_path}/extra.py:build")
 
 
 def test_load_says_that_onnx_is_not_taken(tmp_path):

@@ -108,7 +108,7 @@ def select_threshold(
             "budget",
             f"no threshold keeps validation error within {increase:g} points of {baseline_error:.2f} %; "
             f"the best within the limits has {nearest:.2f} %.",
-            "Raise --max-error-increase (--resume keeps the fit), or fit longer or with a smaller --beta.",
+            "Raise --max-error-increase (`run --resume` keeps the fit), fit longer or with a smaller --beta.",
         )
     best = min(allowed, key=lambda p: (p.size.macs if mode == "channels" else 0, p.size.nonzeros))
     told = f"{told} and " if told else ""

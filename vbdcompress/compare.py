@@ -113,9 +113,9 @@ def flatten_output(output: Any) -> list[Tensor]:
     return [tensor for item in output for tensor in flatten_output(item)]
 
 
-def _doubles(tensor: Tensor) -> Tensor:
-    """Real numbers in double precision; of complex ones both parts."""
-    return (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).double()
+def as_real(tensor: Tensor) -> Tensor:
+    """[..., 2] of complex numbers, others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -127,7 +127,7 @@ def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> 
     for one, other in zip(expected, found, strict=True):
         if not one.numel():
             continue
-        left, right = _doubles(one), _doubles(other)
+        left, right = (as_real(tensor.detach()).double() for tensor in (one, other))
         equal = (left == right) | (left.isnan() & right.isnan())  # a mask's infinities too
         difference = float(torch.where(equal, 0.0, left - right).abs().max())
         scale = float(torch.where(left.isfinite(), left, 0.0).abs().max()) or 1.0

@@ -78,7 +78,8 @@ def fit(
 
     Args:
         model: a converted network (`convert(...).model`), or a plain one: then KL is 0.
-        loader: yields (inputs, target) batches, once an epoch; inputs as `compress` takes them.
+        loader: yields (inputs, target) batches, once an epoch; inputs as `compress` takes them, the batch
+            first (else say `num_data`).
         config: rates, epochs, prior, device, precision, processes.
         validation: the error on it is measured after each epoch, masked at `threshold`.
         loss: (output, target) -> scalar mean NLL in nats. A module is copied, and stays in its own mode.

@@ -15,8 +15,7 @@ from torch import nn
 from vbdcompress.architectures import build_architecture
 from vbdcompress.errors import LoadError
 from vbdcompress.exported import from_exported
-from vbdcompress.exporting.slim_file import FORMAT as SLIM_FORMAT
-from vbdcompress.exporting.slim_file import load_slim, read_safetensors, read_slim
+from vbdcompress.exporting.slim_file import is_slim, load_slim, read_safetensors, read_slim
 from vbdcompress.files import load_tensors, save_tensors
 from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
@@ -95,13 +94,11 @@ def load(
             "is an ONNX file, which can't be trained.",
             "Give the PyTorch network that it was made from: .pt, .pt2 or .safetensors",
         )
-    content: Any
-    if path.suffix == ".safetensors":
-        metadata, content = read_safetensors(path)
-        if SLIM_FORMAT in metadata:
-            return _from_slim(path, arch, arguments)
-    else:
-        content = _read_pt(path, unsafe_pickle)
+    if path.suffix == ".safetensors" and is_slim(path):
+        return _from_slim(path, arch, arguments)
+    content: Any = (
+        read_safetensors(path)[1] if path.suffix == ".safetensors" else _read_pt(path, unsafe_pickle)
+    )
     if isinstance(content, nn.Module):
         return Loaded(unwrap(content).cpu().eval())
     if isinstance(content, Mapping) and content.get("format") == FORMAT:

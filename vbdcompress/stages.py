@@ -135,7 +135,7 @@ class StageRunner:
             skip=config.skip,
             prune_inputs=config.prune_inputs,
             log_sigma2=config.log_sigma2,
-            cost=config.cost,
+            cost=config.cost if mode == "channels" else "none",
         )
         step, told = f"{number + 1}-{mode}", or_default(config.threshold)
         gone = mode == "channels" and self.config.rounds[0].mode == "weights"  # what the first round took

@@ -34,11 +34,10 @@ def _without_wrappers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor
     What stands beside the network in a training class, such as a loss with weights, is left out.
     """
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    name = next(iter(expected), None)
-    if name is None or set(state) & set(expected):
+    if not expected or set(state) & set(expected):
         return state
-    prefixes = {key.removesuffix(name) for key in state if key.endswith(f".{name}")}
-    fitting = [prefix for prefix in prefixes if all(prefix + key in state for key in expected)]
+    prefixes = {key.removesuffix(name) for name in expected for key in state if key.endswith(f".{name}")}
+    fitting = [prefix for prefix in prefixes if not _missing(state, expected, prefix)]
     if len(fitting) != 1:  # of two networks nobody says which
         return {key.removeprefix("module."): value for key, value in state.items()}
     (prefix,) = fitting
@@ -56,8 +55,7 @@ def load_state_(path: Path, arch: str, model: nn.Module, state: Any) -> None:
         told = f"{odd[0]!r} is {state[odd[0]].dtype}, {state[odd[0]].layout}, on {state[odd[0]].device}"
         raise LoadError(where, f"holds what is no weight of a network: {told}.", "Allowed are dense tensors.")
     state = _without_wrappers(state, expected)
-    given = {memory_of(expected[key]) for key in state if key in expected} - {None}
-    missing = [key for key in expected if key not in state and memory_of(expected[key]) not in given]
+    missing = _missing(state, expected)
     unknown = [key for key in state if key not in expected]
     shapes = [
         f"{key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}"
@@ -81,12 +79,22 @@ def load_state_(path: Path, arch: str, model: nn.Module, state: Any) -> None:
     ]
     if problems:
         raise LoadError(where, f"does not fit architecture '{arch}'; {'; '.join(problems)}.")
-    model.load_state_dict(state, strict=False)  # of weights that are tied a file may hold one
+    model.load_state_dict(state, strict=False)
 
 
-def memory_of(tensor: Tensor) -> Any:
-    """The same for tensors that are one; None for those without elements."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
+def memory_of(entry: Any) -> Any:
+    """The same for tensors that are one; None for those without elements, and for a module's extra state."""
+    if not isinstance(entry, Tensor) or not entry.numel():
+        return None
+    return entry.data_ptr(), entry.shape, entry.stride()
+
+
+def _missing(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Of weights that are tied a file may hold one."""
+    given = {memory_of(entry) for key, entry in expected.items() if prefix + key in state} - {None}
+    return [
+        key for key, entry in expected.items() if prefix + key not in state and memory_of(entry) not in given
+    ]
 
 
 def _is_plain(tensor: Tensor) -> bool:

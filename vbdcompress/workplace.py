@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.choices import ChoiceFile
-from vbdcompress.compare import flatten_output
+from vbdcompress.compare import as_real, flatten_output
 from vbdcompress.config import MACHINE, RunConfig
 from vbdcompress.errors import FitError
 from vbdcompress.evaluation import name_of
@@ -87,8 +87,7 @@ def _outputs_of(model: nn.Module, samples: Inputs) -> list[float | None] | None:
             outputs = flatten_output(call(model, map_tensors(first(samples, 2), made_up)))
     except TRACE_ERRORS:
         return None
-    real = [torch.view_as_real(output) if output.is_complex() else output for output in outputs]
-    numbers = [number for output in real for number in output.flatten()[:SHOWN].tolist()]
+    numbers = [number for output in outputs for number in as_real(output).flatten()[:SHOWN].tolist()]
     return [float(number) if math.isfinite(number) else None for number in numbers]
 
 

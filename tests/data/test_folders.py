@@ -45,17 +45,26 @@ def test_read_folder_with_parts(tmp_path: Path, part: str | None) -> None:
     assert (found.test.labels.tolist() if found.test else None) == ([0, 1, 1, 1, 1] if part else None)
 
 
-@pytest.mark.parametrize(("apart", "test_labels"), [("val", None), ("test", [0]), ("elsewhere", [0, 1])])
+@pytest.mark.parametrize(("apart", "test_labels"), [("val", None), ("test", None), ("elsewhere", [0, 1])])
 def test_a_part_given_as_validation_data_is_no_test_set(
     tmp_path: Path, apart: str, test_labels: list[int] | None
 ) -> None:
     write_folder(tmp_path / "train", {"cat": 20, "dog": 1})
-    write_folder(tmp_path / "val", {"cat": 1, "dog": 0} if apart == "test" else {"cat": 1, "dog": 1})
+    write_folder(tmp_path / "val", {"cat": 1, "dog": 1})
     for part in {"test", "elsewhere"} & {apart}:
         write_folder(tmp_path / part, {"cat": 1, "dog": 1})
     found = load_data(str(tmp_path), validation_path=str(tmp_path / "train" / ".." / apart))
     assert (found.test.labels.tolist() if found.test else None) == test_labels
     assert len(found.validation) == 2
+    assert [note for note in found.notes if "taken for the test set" in note] == list(found.notes)
+    assert len(found.notes) == (apart == "elsewhere")
+
+
+def test_validation_data_beside_classes_are_no_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 3, "dog": 3})
+    write_folder(tmp_path / "val", {"cat": 1, "dog": 1})
+    with pytest.raises(DataError, match="'val' but no 'train'"):
+        load_data(str(tmp_path), validation_path=str(tmp_path / "val"))
 
 
 def test_read_folder_resizes_to_one_size(tmp_path: Path) -> None:
@@ -204,7 +213,6 @@ def test_read_folder_refuses_parts_of_other_names(tmp_path: Path, names: tuple[s
         (["train", "test", "val"], ["val"]),
         (["train", "test", "valid"], ["valid"]),
         (["train", "validation"], ["validation"]),
-        (["train", "val"], []),  # the test part
         (["train", "test", "labels"], []),
     ],
 )
@@ -214,6 +222,7 @@ def test_read_folder_notes_the_parts_that_it_does_not_read(
     for part in parts:
         write_folder(tmp_path / part, {"cat": 1, "dog": 1})
     notes = read_folder(tmp_path, None).notes
+    assert read_folder(tmp_path, None, tmp_path / "elsewhere").notes == ()
     assert len(notes) == len(unread)
     for note, name in zip(notes, unread, strict=True):
         assert f"'{tmp_path / name}' was not read" in note

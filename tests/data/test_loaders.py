@@ -62,6 +62,12 @@ LOADERS: dict[str, tuple[Any, int]] = {
     "stream": (DataLoader(Stream(), batch_size=4), 11),
     "list": ([(torch.ones(4, 1), torch.zeros(4)), (torch.ones(1, 1), torch.zeros(1))], 5),
     "iterable": (Again(), 5),
+    "crops": (  # two of each
+        Unpacked(
+            DataLoader(SET, batch_size=3), lambda batch: tuple(part.repeat_interleave(2, 0) for part in batch)
+        ),
+        40,
+    ),
     "unpacked": (Unpacked([{"x": torch.ones(4, 1)}] * 2, lambda batch: (batch["x"], None)), 8),
     "boxes": ([(torch.ones(4, 1), [{"boxes": torch.ones(7, 4)}] * 4)], 4),
     "masks": ([(torch.ones(3, 1), {"mask": torch.ones(()), "label": torch.ones(3)})], 3),

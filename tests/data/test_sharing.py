@@ -39,6 +39,21 @@ class Endless:
             yield 0
 
 
+class ByEpoch(Endless):
+    """An order for each epoch, whoever seeds what."""
+
+    number = 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def set_epoch(self, epoch: int) -> None:
+        self.number = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(40, generator=torch.Generator().manual_seed(self.number)).tolist())
+
+
 class Stream(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(range(40))
@@ -56,6 +71,7 @@ def loaders() -> dict[str, DataLoader[Any]]:
         "subset": DataLoader(DATA, 5, sampler=SubsetRandomSampler(range(40))),
         "batches": DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 5, False)),
         "buckets": DataLoader(DATA, batch_sampler=Buckets()),  # type: ignore[arg-type]
+        "batches by epoch": DataLoader(DATA, batch_sampler=BatchSampler(ByEpoch(), 5, False)),
         "no batches": DataLoader(DATA, None, shuffle=True),
     }
 

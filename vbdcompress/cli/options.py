@@ -137,7 +137,7 @@ def data_options(command: Command) -> Command:
         "--data",
         metavar="NAME|PATH",
         help="Data set: digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, svhn, stl10, a folder of "
-        "class folders, or an .npz file. Not needed for a network's file that names its own.",
+        "class folders, or an .npz file; `run` and `evaluate` know it from a FILE that names its own.",
     )(command)
 
 

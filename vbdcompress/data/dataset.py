@@ -133,9 +133,7 @@ def load_data(
     trained = normalisation.shape if normalisation and is_folder(name) else ()
     apart = None if validation_path is None else Path(validation_path)
     raw, image_size = _read_sized(name, root, image_size, trained, apart)
-    notes = _check_classes(name, raw.classes, classes)
-    if validation_path is None:
-        notes += raw.notes
+    notes = _check_classes(name, raw.classes, classes) + raw.notes
     parts = {"training": raw.train} | ({"test": raw.test} if raw.test else {})
     if validation_path is not None:
         parts["validation"] = _read_validation(validation_path, root, image_size, raw.classes)

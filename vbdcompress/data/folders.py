@@ -33,11 +33,10 @@ def read_folder(path: Path, image_size: int | None, apart: Path | None = None) -
 
     Args:
         image_size: see `read_source`.
-        apart: a folder that is validation data, and so no test part.
+        apart: folder of the validation data where there is one: it is no test part.
     """
     where = f"data set '{path}'"
     parts = [part for part in ("test", "val") if (path / part).is_dir()]
-    parts = [part for part in parts if apart is None or (path / part).resolve() != apart.resolve()]
     if not (path / "train").is_dir():
         if parts:
             raise DataError(where, f"has a folder '{parts[0]}' but no 'train'.")
@@ -53,10 +52,15 @@ def read_folder(path: Path, image_size: int | None, apart: Path | None = None) -
         f"'{path / name}' was not read: validation examples are split off 'train', the test part is called "
         f"'test'. `run` and `evaluate` take it as validation data: --validation {path / name}"
         for name in _list_folders(path)
-        if name.lower() in PART_NAMES and name not in ("train", *parts[:1])
+        if apart is None and name.lower() in PART_NAMES and name not in ("train", *parts[:1])
     )
-    if not parts:
+    if not parts or (apart is not None and (path / parts[0]).resolve() == apart.resolve()):
         return RawSet(train, None, classes, notes)
+    if parts[0] == "val":
+        notes += (
+            f"'{path / 'val'}' was taken for the test set: if anything was chosen on it, its error is too "
+            f"low. As validation data: --validation {path / 'val'}",
+        )
     test, test_classes = _read_classes(path / parts[0], image_size)
     if test_classes != classes:
         raise DataError(where, f"train has classes {classes}, {parts[0]} has {test_classes}.")

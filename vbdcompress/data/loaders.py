@@ -146,15 +146,15 @@ def count_examples(loader: Iterable[Any]) -> int:
         DataError: the loader is empty, or an iterator, which to count would use up.
     """
     check_repeatable(loader)
-    given = loader.loader if isinstance(loader, Unpacked) else loader
-    if isinstance(given, TensorBatches):
-        count = given.num_examples
-    elif isinstance(given, DataLoader) and isinstance(given.sampler, Sized) and given.batch_size:
-        count = len(given.sampler)
+    if isinstance(loader, TensorBatches):
+        count = loader.num_examples
+    elif isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size:
+        count = len(loader.sampler)
     else:
         count = sum(batch_size(batch[0]) for batch in loader)
     if count == 0:
         raise DataError("loader", "is empty: it yields no batch.")
+    given = loader.loader if isinstance(loader, Unpacked) else loader
     sharing = shared_by(given) if isinstance(given, DataLoader) else None
     return count if sharing is None else count * sharing.num_replicas
 

@@ -42,7 +42,8 @@ class SharedSampler(DistributedSampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Draw for this epoch."""
         super().set_epoch(epoch)
-        set_epoch(self.sampler, epoch)
+        for part in (self.sampler, getattr(self.sampler, "sampler", None)):
+            set_epoch(part, epoch)
 
 
 def share(loader: DataLoader[Any], seed: int, rank: int, world_size: int) -> DataLoader[Any]:

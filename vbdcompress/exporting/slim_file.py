@@ -1,7 +1,8 @@
 """The slim torch network on disk: safetensors with the removal plan. Never a pickle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,21 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file. Raises LoadError where it is none, or damaged."""
+    with _opened(path) as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def is_slim(path: Path) -> bool:
+    """Whether a safetensors file says that it is a slim one. Raises LoadError as `read_safetensors` does."""
+    with _opened(path) as file:
+        return FORMAT in (file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError) as error:
         raise LoadError(f"file '{path}'", f"can't be read as safetensors: {error}") from error
 
