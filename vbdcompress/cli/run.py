@@ -80,8 +80,8 @@ def command(
 ) -> None:
     """Compress the trained network in FILE and write model.onnx, slim.safetensors and reports.
 
-    FILE is a checkpoint of `vbdcompress train`, a slim.safetensors to make smaller still, a state_dict (.pt or
-    .safetensors) with --arch and --data, or with --unsafe-pickle a pickled network or a .pt2 program.
+    FILE is a checkpoint of `vbdcompress train`, a slim.safetensors to make smaller still, a state_dict (.pt
+    or .safetensors) with --arch and --data, or with --unsafe-pickle a pickled network or a .pt2 program.
 
     \b
     Examples:
