@@ -87,8 +87,9 @@ def seed_generators(batches: Any, seed: int) -> None:
 
 
 def _order_parts(loader: DataLoader[Any]) -> list[Any]:
-    """What decides the order of its examples."""
-    return [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    """What decides the order of its examples, each once."""
+    parts = loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
+    return list({id(part): part for part in parts}.values())
 
 
 def seed_generator(part: Any, seed: int) -> None:
