@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -61,6 +60,8 @@ def _free_reshape_(node: fx.Node) -> None:
 
 
 def _sizes_of(node: Any) -> list[_Size]:
+    import sympy  # here, for it takes half a second and few networks come as programs
+
     shape = node.meta["val"].shape
     return [sympy.Integer(size) if isinstance(size, int) else size.node.expr for size in shape]
 
@@ -82,6 +83,8 @@ class _Segment:
 
 def _segments(given: Sequence[_Size], made: Sequence[_Size]) -> Iterator[_Segment]:
     """The shortest segments from first to last; none where the shapes can't be compared."""
+    import sympy
+
     here = there = 0
     while here < len(given) and there < len(made):
         ends = (
