@@ -160,6 +160,7 @@ def do(tables, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_is_then_skipped(tables, capsys):
     row = tables.ROWS["digits_weights"]
     out = tables.WORK / "digits_weights-vbd-0"

@@ -48,6 +48,8 @@ class _LazyGroup(click.Group):
 def _group() -> None:
     """Make a trained PyTorch network small by Variational Bayesian Dropout.
 
+    With --debug anywhere on the line an error shows its traceback.
+
     \b
     Example:
       vbdcompress run zoo/digits.pt
