@@ -1,6 +1,7 @@
 """What a report says is what anybody finds who counts again, whatever loaders and mishaps there were."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_a_refused_int8_file_leaves_network_and_report_of_one_run(tmp_path: Path
     told = json.loads((tmp_path / "report.json").read_text())
     assert told["export"]["bytes"] == (tmp_path / "model.onnx").stat().st_size
     assert told["stages"][0]["mode"] == "weights"
+
+
+def test_an_int8_file_that_the_metric_fails_on_is_not_kept(tmp_path: Path) -> None:
+    error = [0.5]
+    metric = lambda output, target: torch.full((len(target),), error[0])  # noqa: E731
+    result = compress(network(), **parts(), metric=metric, threshold=0.0, int8=True, **QUICK)
+    error[0] = math.nan
+    content = result.export(tmp_path)
+    assert any("There is no model_int8.onnx: evaluation: the metric" in told for told in content["warnings"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(content["files"])
 
 
 def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,17 +148,33 @@ def measure_error(
         DataError: no batch came, or the metric gives NaN; or what was looked for.
     """
     device = device_of(model)
+    with in_eval_mode(model), whole_float32(device):
+        return mean_error(partial(call, model), batches, metric, device, bounded=bounded)
+
+
+def mean_error(
+    run: Callable[[Any], Any],
+    batches: Iterable[Any],
+    metric: Metric = top1_error,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+    *,
+    bounded: bool = False,
+) -> float:
+    """`measure_error` of whatever gives outputs for inputs: a file's session, say.
+
+    Args:
+        run: inputs on `device` -> output.
+    """
     total, beyond, unfit = torch.zeros(3, dtype=torch.float64, device=device)
     count = 0
-    with in_eval_mode(model), whole_float32(device):
-        for batch in batches:
-            inputs, target = to_device(batch[0], device), to_device(batch[1], device)
-            errors = metric(call(model, inputs), target)
-            total += errors.double().sum()
-            beyond += ((errors < -ROUNDING) | (errors > 1 + ROUNDING)).sum()
-            if bounded:
-                unfit += _count_unfit(inputs)
-            count += errors.numel()
+    for batch in batches:
+        inputs, target = to_device(batch[0], device), to_device(batch[1], device)
+        errors = metric(run(inputs), target)
+        total += errors.double().sum()
+        beyond += ((errors < -ROUNDING) | (errors > 1 + ROUNDING)).sum()
+        if bounded:
+            unfit += _count_unfit(inputs)
+        count += errors.numel()
     if count == 0:
         raise DataError("evaluation", "the set is empty: no batch came.")
     if unfit:

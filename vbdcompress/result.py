@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vbdcompress.config import RunConfig
-from vbdcompress.errors import ExportError
+from vbdcompress.errors import DataError, ExportError
 from vbdcompress.evaluation import Metric
 from vbdcompress.exporting.export import export, file_properties, make_folder, write_onnx
 from vbdcompress.exporting.int8 import first_batches, measure_file_error, quantize_int8
@@ -137,7 +137,7 @@ class Result:
             try:
                 content["int8"] = self._export_int8(folder, spec, given)
                 content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
-            except ExportError as error:
+            except (ExportError, DataError) as error:
                 (folder / INT8_FILE).unlink(missing_ok=True)
                 told = f"There is no {INT8_FILE}: {error}"
                 if told not in content["warnings"]:  # of an earlier export of the same result

@@ -18,6 +18,8 @@ from vbdcompress.errors import ConfigError, DataError, LoadError
 from vbdcompress.records import held_out
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vbdcompress.data import TensorBatches
     from vbdcompress.records import InputSpec
 
@@ -115,32 +117,35 @@ class _Network:
 
     def error(self, batches: "TensorBatches") -> float:
         """Top-1 error in percent."""
+        from vbdcompress.evaluation import mean_error
         from vbdcompress.surgery.groups import TRACE_ERRORS
 
-        wrong, classes = 0, 0
-        for inputs, labels in batches:
+        largest = int(batches.labels.max())
+
+        def run(inputs: "Tensor") -> Any:
             try:
                 output = self.run(inputs)
             except TRACE_ERRORS as error:
                 told = f"the network fails on inputs of shape {tuple(inputs.shape)}"
                 raise DataError("evaluate", f"{told}: {type(error).__name__}: {error}") from error
-            classes = _count_classes(output, len(labels))
-            wrong += int((output.argmax(1) != labels).sum())
-        if (largest := int(batches.labels.max())) >= classes:
-            raise DataError(
-                "evaluate",
-                f"the data have labels up to {largest}, the network has {classes} outputs.",
-                "Labels count from 0; the data must be of the classes that it was trained on.",
-            )
-        return 100.0 * wrong / batches.num_examples
+            _check_logits(output, len(inputs), largest)
+            return output
+
+        return mean_error(run, batches)
 
 
-def _count_classes(output: Any, examples: int) -> int:
-    """Of logits [batch, classes]. Raises DataError where a network gives anything else."""
+def _check_logits(output: Any, examples: int, largest: int) -> None:
+    """Raise DataError where a network gives no logits [batch, classes], or none for the largest label."""
     from torch import Tensor
 
     if isinstance(output, Tensor) and output.ndim == 2 and len(output) == examples:
-        return output.shape[1]
+        if (classes := output.shape[1]) > largest:
+            return
+        raise DataError(
+            "evaluate",
+            f"the data have labels up to {largest}, the network has {classes} outputs.",
+            "Labels count from 0; the data must be of the classes that it was trained on.",
+        )
     found = f"a {type(output).__name__}"
     if isinstance(output, list | tuple):
         found += f" of {len(output)}"

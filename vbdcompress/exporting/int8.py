@@ -10,7 +10,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from vbdcompress.errors import ExportError
-from vbdcompress.evaluation import Metric, to_device
+from vbdcompress.evaluation import Metric, mean_error
 from vbdcompress.exporting.onnx_file import open_session, run_session
 from vbdcompress.exporting.preprocessing import inputs_for
 from vbdcompress.files import Scratch, replacing
@@ -77,14 +77,9 @@ def measure_file_error(path: Path, batches: Iterable[Any], metric: Metric, spec:
         spec: says whether the file takes pixels.
     """
     session = open_session(path)
-    wrong, count = 0.0, 0
-    for inputs, target in batches:
-        here = torch.device("cpu")
-        output = torch.from_numpy(run_session(session, inputs_for(spec, to_device(inputs, here)))[0])
-        errors = metric(output, to_device(target, here))
-        wrong += float(errors.double().sum())
-        count += errors.numel()
-    return 100.0 * wrong / max(1, count)
+    return mean_error(
+        lambda inputs: torch.from_numpy(run_session(session, inputs_for(spec, inputs))[0]), batches, metric
+    )
 
 
 def first_batches(batches: Iterable[Any], examples: int) -> Iterator[Any]:
