@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -95,7 +95,7 @@ def compress(
     if isinstance(model, ExportedProgram):
         model = from_exported(model)
     model = unwrap(model)
-    held_out = None if validation is None else True
+    held_out: Literal[True] | None = None if validation is None else True
     if validation is None:
         loader, validation = split_loader(loader, config.validation_fraction, config.seed)
     if unpack is not None:

@@ -50,11 +50,10 @@ def warnings_of(sources: Sources) -> list[str]:
     """What makes the figures of a run on these data less than they seem, a sentence each."""
     messages = list(sources.notes)
     record = sources.record
-    if record.validation_held_out is not True:
-        known = "was" if record.validation_held_out is False else "may have been"
+    if not record.validation_held_out:
         messages.append(
-            f"The network {known} trained on its validation examples: it looks better on them than it is, "
-            "and a budget measured there misleads. Pass validation data of your own."
+            "The network may have been trained on its validation examples: it looks better on them than it "
+            "is, and a budget measured there misleads. Pass validation data of your own."
         )
     if record.test is None:
         messages.append(

@@ -121,11 +121,11 @@ def test_render_html_ignores_the_users_matplotlib_settings(report):
 def test_render_html_without_test_set_says_so(report):
     report["errors"]["test"] = None
     report["error_split"], report["error"] = "validation", 1.48
-    report["data"].update(test=None, validation_held_out=False)
+    report["data"].update(test=None, validation_held_out=None)
     text = Page(render_html(report)).text
     assert "validation error 0.74% → 1.48%" in text
     assert "and no test set" in text
-    assert "The original was trained on the validation examples" in text
+    assert "Whether the original was trained on the validation examples is not known" in text
     assert "Test error" not in text
     assert "None" not in text.replace("session.run(None", "")
 

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,8 +67,8 @@ class DataRecord:
     """The data of a run: what it is called, how many examples, and whether validation is honest.
 
     Attributes:
-        validation_held_out: True where the network was not trained on the validation examples,
-            False where it was, None where nobody says.
+        validation_held_out: True where the network was not trained on the validation examples, None where
+            nobody says.
         split: {"fraction", "seed"} of the validation split; None where it was given.
     """
 
@@ -77,7 +77,7 @@ class DataRecord:
     train: int
     validation: int
     test: int | None
-    validation_held_out: bool | None
+    validation_held_out: Literal[True] | None
     split: dict[str, Any] | None = None
 
 
