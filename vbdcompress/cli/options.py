@@ -118,8 +118,8 @@ def data_options(command: Command) -> Command:
     command = click.option(
         "--mean",
         metavar="X[,X,X]",
-        help="Of each channel, of pixels in [0, 1]: what the network's training subtracted; for nothing "
-        "--mean 0 --std 1. Without it the file's, else measured on the training images.",
+        help="Of each channel, of pixels in [0, 1]: what training subtracts; for nothing --mean 0 --std 1. "
+        "Without it as the FILE says, where one is read, else measured on the training images.",
     )(command)
     command = click.option(
         "--image-size",
