@@ -63,6 +63,21 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def noting_calls(model: nn.Module) -> Iterator[set[str]]:
+    """Inside, gathers the names of the modules that are called; the network's own is empty."""
+    called = set[str]()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def named_batch_of_one(where: str) -> Iterator[None]:
     """Around a call in training mode. Raises FitError where batch norm was given a single value a channel."""
     try:

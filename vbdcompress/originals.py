@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from vbdcompress.compare import flatten_output, is_computed, relative_difference
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import Inputs, call, first, in_eval_mode, shapes_of, tensors_of
+from vbdcompress.inputs import Inputs, call, first, in_eval_mode, noting_calls, shapes_of, tensors_of
 from vbdcompress.opening import open_layers_
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.vbd.posterior import find_posteriors
@@ -121,16 +121,11 @@ def _used_of(model: nn.Module | None) -> Iterator[set[str]]:
         if tensor is not None
     }
     names.pop(0, None)
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: found.add(name or "the network"))
-        for name, module in layers
-    ]
-    try:
-        with in_eval_mode(model), _Noting(names, found):
+    with in_eval_mode(model), noting_calls(model) as called, _Noting(names, found):
+        try:
             yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+        finally:
+            found |= {name or "the network" for name in called}
 
 
 @torch.no_grad()
@@ -146,13 +141,9 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
     _check_parameters(model)
     if any(tensor.dim() and not len(tensor) for tensor in tensors_of(example)):
         raise ConvertError("convert", "the example is empty, allowed is a batch of at least one.")
-    called, foreign = set[str](), set[str]()
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name, module in model.named_modules()
-    ]
+    foreign = set[str]()
     try:
-        with in_eval_mode(model), _used_of(of) as foreign:
+        with in_eval_mode(model), noting_calls(model) as called, _used_of(of) as foreign:
             call(model, to_device(example, device_of(model)))
     except TRACE_ERRORS as error:
         if not foreign:
@@ -161,9 +152,6 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
                 f"the network fails on a batch of shape {_shapes(example)}: {type(error).__name__}: {error}",
                 _advice(model, example, error),
             ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     if foreign:
         names = sorted(foreign)
         told = ", ".join(f"'{name}'" for name in names[:5]) + (", ..." if len(names) > 5 else "")

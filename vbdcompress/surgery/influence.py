@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdcompress.compare import forget_graph_
-from vbdcompress.inputs import Inputs, call, tensors_of
+from vbdcompress.inputs import Inputs, call, noting_calls, tensors_of
 from vbdcompress.surgery.groups import TRACE_ERRORS, GroupScan
 from vbdcompress.surgery.weights import Mixing, is_mixing, layer_widths
 
@@ -113,13 +113,12 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
 def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str, set[int]]:
     """Experts that run neither on the example nor in training, with their numbers of channels."""
     training = copy.deepcopy(trial).train()
-    for name, module in training.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    why_not_training(training, inputs)  # what it raises is told of where groups are tried
+    with noting_calls(training) as in_training:
+        why_not_training(training, inputs)  # what it raises is told of where groups are tried
     widths = {
         name: layer_widths(module) for name, module in trial.named_modules() if isinstance(module, Mixing)
     }
-    ran = {name for name in widths if name in called}
+    ran = widths.keys() & (called | in_training)
     # called like one that ran but for a number, or as wide; others are of no use to anybody
     kinds, sizes = {_kind(name) for name in ran}, {widths[name] for name in ran}
     return {

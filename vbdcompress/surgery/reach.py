@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vbdcompress.compare import flatten_output
-from vbdcompress.inputs import Inputs, call
+from vbdcompress.inputs import Inputs, call, noting_calls
 from vbdcompress.surgery.groups import TRACE_ERRORS
 
 NO_GRADIENT = "no gradient reaches it: the network's own code detaches it, or does not use it"
@@ -28,14 +28,12 @@ def without_gradient(model: nn.Module, example: Inputs) -> set[str]:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     blind = set(parameters)
-    called: set[str] = set()
-    for name, module in trial.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    for training in (True, False):  # a layer may be left out at random in training
-        try:
-            blind -= _reached(trial.train(training), example, parameters)
-        except TRACE_ERRORS:
-            return set()
+    with noting_calls(trial) as called:
+        for training in (True, False):  # a layer may be left out at random in training
+            try:
+                blind -= _reached(trial.train(training), example, parameters)
+            except TRACE_ERRORS:
+                return set()
     used = called | {_owner(name) for name in parameters.keys() - blind}
     return {name for name in blind if _owner(name) in used}
 
