@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vbdcompress.conversion import convert
 from vbdcompress.precision import round_model_
-from vbdcompress.rounding import choose_bits, error_over_sigma, round_weight
+from vbdcompress.rounding import Weight, choose_bits, error_over_sigma, round_weight, roundable
 from vbdcompress.slimming import posterior_sigma, slim
 from vbdcompress.vbd.posterior import find_posteriors
 
@@ -19,6 +19,10 @@ def sparse_layer(outputs: int = 30, inputs: int = 400) -> nn.Linear:
     return layer
 
 
+def own(layer: nn.Module) -> Weight:
+    return roundable(layer)["weight"]
+
+
 def weight_of(layer: nn.Module) -> np.ndarray:
     assert isinstance(layer.weight, Tensor)
     return layer.weight.detach().numpy()
@@ -26,7 +30,7 @@ def weight_of(layer: nn.Module) -> np.ndarray:
 
 def test_int8_is_within_half_a_step_of_each_outputs_own_scale() -> None:
     layer = sparse_layer()
-    rounded = round_weight(layer, 8)
+    rounded = round_weight(own(layer), 8)
     assert rounded.kind == "int8"
     step = np.abs(weight_of(layer)).max(1, keepdims=True) / 127
     # half precision holds the scale to 2^-11 of itself
@@ -36,7 +40,7 @@ def test_int8_is_within_half_a_step_of_each_outputs_own_scale() -> None:
 def test_a_transposed_convolution_has_a_scale_for_each_output_too() -> None:
     layer = nn.ConvTranspose2d(6, 5, 3)
     layer.weight.data *= torch.logspace(-3, 3, 5).view(1, 5, 1, 1)
-    rounded = round_weight(layer, 8)
+    rounded = round_weight(own(layer), 8)
     assert rounded.scale is not None
     assert rounded.scale.shape == (5,)
     weight = weight_of(layer)
@@ -46,7 +50,7 @@ def test_a_transposed_convolution_has_a_scale_for_each_output_too() -> None:
 
 @pytest.mark.parametrize(("layer", "bits"), [(sparse_layer(), 4), (sparse_layer(600, 40), 8)])
 def test_a_codebook_gives_each_weight_its_nearest_value(layer: nn.Linear, bits: int) -> None:
-    rounded = round_weight(layer, bits)
+    rounded = round_weight(own(layer), bits)
     assert rounded.kind == "codebook"
     assert rounded.table is not None
     assert len(rounded.table) <= 2**bits
@@ -60,14 +64,14 @@ def test_a_codebook_gives_each_weight_its_nearest_value(layer: nn.Linear, bits: 
 def test_a_codebook_is_finest_where_the_posterior_is_narrow() -> None:
     layer = sparse_layer()
     sigma = np.where(weight_of(layer) > 0, 1e-3, 1.0).astype(np.float32)
-    blind, seeing = round_weight(layer, 4), round_weight(layer, 4, sigma)
-    assert error_over_sigma(layer, seeing, sigma) < 0.7 * error_over_sigma(layer, blind, sigma)
+    blind, seeing = round_weight(own(layer), 4), round_weight(own(layer), 4, sigma)
+    assert error_over_sigma(own(layer), seeing, sigma) < 0.7 * error_over_sigma(own(layer), blind, sigma)
 
 
 @pytest.mark.parametrize(("sigma", "bits"), [(1.0, 4), (0.001, 8), (1e-6, 16)])
 def test_choose_bits_takes_the_fewest_that_the_posterior_allows(sigma: float, bits: int) -> None:
     layer = sparse_layer()
-    chosen = choose_bits(layer, np.full_like(weight_of(layer), sigma))
+    chosen = choose_bits(own(layer), np.full_like(weight_of(layer), sigma))
     assert chosen.bits == bits
 
 

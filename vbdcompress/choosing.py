@@ -185,8 +185,8 @@ def _smallest_log_alpha(converted: Converted) -> float:
 def _write(candidates: Candidates, slimmed: Slim) -> int:
     config = candidates.files.config
     model = copy.deepcopy(slimmed.model)
-    for layer in roundable(model).values():
-        _grow_(layer.weight)  # type: ignore[arg-type]
+    for weight in roundable(model).values():
+        _grow_(weight.tensor)
     codes = first_codes(model, config.bits, posterior_sigma(candidates.converted, slimmed))
     bytes_now = candidates.files.write(model, codes)
     return bytes_now if config.bits == "32" else round(MOVED * bytes_now)

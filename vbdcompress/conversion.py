@@ -1,13 +1,11 @@
 """convert: give every weight or channel of a trained network a posterior."""
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from vbdcompress.config import Cost
@@ -15,6 +13,7 @@ from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import with_gradients
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
+from vbdcompress.matrices import why_no_matrix
 from vbdcompress.originals import check_model, copy_of, open_where_alike, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
@@ -214,17 +213,7 @@ def _why_left(
     if id(parameter) in tied:
         others = [other for other in tied[id(parameter)] if other != name]
         return f"shared with {', '.join(others)}"
-    if not parameter.is_floating_point():
-        return f"of type {parameter.dtype}"
-    if isinstance(module, _BatchNorm | nn.LayerNorm | nn.GroupNorm):
-        return "a scale or shift of a normalisation"
-    if parameter.dim() < 2 or parameter.numel() == max(parameter.shape):
-        return "a vector: a bias, scale or token"
-    words = set(re.split(r"[^a-z]+", name.rsplit(".", 1)[-1].lower()))
-    flat = parameter.shape[0] == 1 and parameter.dim() <= 3
-    if flat or any(word.startswith(("pos", "bias")) or word.endswith("bias") for word in words):
-        return "a table of positions or biases"
-    return None
+    return why_no_matrix(module, name, parameter)
 
 
 def _is_blind(model: nn.Module, layer: str, blind: set[str]) -> bool:

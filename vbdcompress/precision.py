@@ -12,6 +12,7 @@ from vbdcompress.records import TIE
 from vbdcompress.rounding import (
     Array,
     Rounded,
+    Weight,
     choose_bits,
     error_over_sigma,
     round_weight,
@@ -67,20 +68,21 @@ def first_codes(model: nn.Module, bits: Bits, sigma: Mapping[str, Tensor]) -> di
     """Each weight's codes before any error is measured: parameter -> codes. See `round_model_`."""
     if bits == "32":
         return {}
-    layers = roundable(model)
-    known = _known(layers, sigma)
+    weights = roundable(model)
+    known = _known(weights, sigma)
     if bits != "auto":
-        return {name: round_weight(layer, int(bits), known.get(name)) for name, layer in layers.items()}
+        return {name: round_weight(weight, int(bits), known.get(name)) for name, weight in weights.items()}
     return {
-        name: choose_bits(layer, known[name]) if name in known else round_weight(layer, 16)
-        for name, layer in layers.items()
+        name: choose_bits(weight, known[name]) if name in known else round_weight(weight, 16)
+        for name, weight in weights.items()
     }
 
 
-def _known(layers: Mapping[str, nn.Module], sigma: Mapping[str, Tensor]) -> dict[str, Array]:
-    return {name: sigma[name].float().cpu().numpy() for name in layers if name in sigma}
+def _known(weights: Mapping[str, Weight], sigma: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: sigma[name].float().cpu().numpy() for name in weights if name in sigma}
 
 
+@torch.no_grad()
 def round_model_(
     model: nn.Module,
     bits: Bits,
@@ -89,52 +91,46 @@ def round_model_(
     allowed_error: float | None = None,
     fits: Callable[[Mapping[str, Rounded]], bool] | None = None,
 ) -> Rounding:
-    """Round the weights of Linear and convolution layers, in place; zeros stay zeros.
+    """Round a network's matrices of weights, in place; zeros stay zeros.
 
     Args:
         model: plain, float32.
-        bits: "16", "8" or "4" for all. "auto": for each layer the fewest whose errors stay below the
-            posterior's sigma (root mean square), and 16 where a weight has no posterior.
+        bits: "16", "8" or "4" for all. "auto": for each matrix the fewest whose errors stay below the
+            posterior's sigma (root mean square), and 16 where it has no posterior.
         sigma: parameter -> standard deviation of each weight; may lack some.
         measure: validation error of a network in percent.
-        allowed_error: for "auto": while the rounded network's is larger, the layer whose errors are
+        allowed_error: for "auto": while the rounded network's is larger, the matrix whose errors are
             largest in units of sigma gets more bits; None allows ROUNDING_POINTS above the network's own.
-        fits: for "auto": whether the file may have these codes. While it may not, layers get fewer bits
+        fits: for "auto": whether the file may have these codes. While it may not, matrices get fewer bits
             than the posterior asks for, and none gets more.
     """
-    layers = roundable(model)
-    known = _known(layers, sigma)
+    weights = roundable(model)
+    known = _known(weights, sigma)
     before = measure(model)
     codes = first_codes(model, bits, sigma)
     while bits == "auto" and fits is not None and not fits(codes):
         reducible = [name for name in known if codes[name].bits > 4]
         if not reducible:
             break
-        best = min(reducible, key=lambda name: error_over_sigma(layers[name], codes[name], known[name]))
-        codes[best] = round_weight(layers[best], codes[best].bits // 2, known[best])
-    exact = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
-    over = {name: error_over_sigma(layers[name], codes[name], known[name]) for name in known}
+        best = min(reducible, key=lambda name: error_over_sigma(weights[name], codes[name], known[name]))
+        codes[best] = round_weight(weights[best], codes[best].bits // 2, known[best])
+    exact = {name: weight.tensor.detach().clone() for name, weight in weights.items()}
+    over = {name: error_over_sigma(weights[name], codes[name], known[name]) for name in known}
     write_rounded_(model, codes)
     after = measure(model)
     allowed = before + ROUNDING_POINTS if allowed_error is None else max(allowed_error, before)
     coarse = set(known) if bits == "auto" else set()
     while after > allowed + TIE and (coarse := {name for name in coarse if codes[name].bits < 16}):
         worst = max(coarse, key=lambda name: over[name])
-        _restore_(layers[worst], exact[worst])
-        finer = round_weight(layers[worst], 2 * codes[worst].bits, known[worst])
+        weights[worst].tensor.copy_(exact[worst])
+        finer = round_weight(weights[worst], 2 * codes[worst].bits, known[worst])
         if fits is not None and not fits(codes | {worst: finer}):
             write_rounded_(model, {worst: codes[worst]})
             coarse.remove(worst)
             continue
-        over[worst] = error_over_sigma(layers[worst], finer, known[worst])
+        over[worst] = error_over_sigma(weights[worst], finer, known[worst])
         codes[worst] = finer
         write_rounded_(model, {worst: codes[worst]})
         after = measure(model)
     rows = tuple(RoundedRow(name, item.kind, item.bits, over.get(name)) for name, item in codes.items())
     return Rounding(codes, rows, before, after)
-
-
-@torch.no_grad()
-def _restore_(layer: nn.Module, weight: Tensor) -> None:
-    assert isinstance(layer.weight, Tensor)
-    layer.weight.copy_(weight)

@@ -11,8 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from vbdcompress.matrices import why_no_matrix
 
 Array = npt.NDArray[Any]
 INT8_MAX = 127
@@ -50,41 +53,72 @@ class Rounded:
         return values if self.scale is None else values * along(self.scale, self.dim, values.ndim)
 
 
+def in_half(values: Array) -> Array:
+    """The nearest finite values of half precision, as float32: numpy sorts float16 wrongly on some CPUs."""
+    return np.clip(values, -HALF_MAX, HALF_MAX).astype(np.float16).astype(np.float32)
+
+
 def along(vector: Array, dim: int, dims: int) -> Array:
     """A vector as a tensor of `dims` dimensions that broadcasts along one of them."""
     return vector.reshape([-1 if number == dim else 1 for number in range(dims)])
 
 
-def roundable(model: nn.Module) -> dict[str, nn.Module]:
-    """Name of each weight of a Linear or convolution layer, once however often it is used -> its layer."""
-    layers = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
-    own = dict(model.named_parameters())
-    return {name: layers[name] for name in own if isinstance(layers.get(name), nn.Linear | _ConvNd)}
+@dataclass(frozen=True)
+class Weight:
+    """A matrix of weights in a network.
+
+    Attributes:
+        tensor: the parameter.
+        outputs: its dimension of the outputs, each of which may have a scale. None where a file may hold
+            it cut up or in another order, as those of recurrent layers: few values are known again there.
+    """
+
+    tensor: Tensor
+    outputs: int | None
+
+    def array(self) -> Array:
+        """Its values, float32."""
+        values: Array = self.tensor.detach().cpu().float().numpy()
+        return values
 
 
-def round_weight(layer: nn.Module, bits: int, sigma: Array | None = None) -> Rounded:
-    """The weight of a layer in 16, 8 or 4 bits; the layer is left as it was.
+def roundable(model: nn.Module) -> dict[str, Weight]:
+    """Each matrix of weights by its name, once however often it is used."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name, parameter in model.named_parameters():
+        layer = modules[name.rpartition(".")[0]]
+        if isinstance(layer, nn.Linear | _ConvNd):
+            if name.rpartition(".")[2] == "weight":
+                found[name] = Weight(parameter, 1 if isinstance(layer, _ConvTransposeNd) else 0)
+        elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            found[name] = Weight(parameter, 1)
+        elif not isinstance(layer, ParametrizationList) and why_no_matrix(layer, name, parameter) is None:
+            found[name] = Weight(parameter, None)
+    return found
+
+
+def round_weight(weight: Weight, bits: int, sigma: Array | None = None) -> Rounded:
+    """A matrix of weights in 16, 8 or 4 bits; it is left as it was.
 
     Args:
         bits: 16: half precision. 8: integers with a scale for each output, or 256 values, whichever is
             smaller. 4: 16 values. Values stand where they do least harm, by k-means.
         sigma: the weight's shape: how exactly it is known; None counts every error alike.
     """
-    assert isinstance(layer.weight, torch.Tensor)
-    weight = layer.weight.detach().cpu().float().numpy()
-    dim = 1 if isinstance(layer, _ConvTransposeNd) else 0
+    values, dim = weight.array(), weight.outputs
     if bits == 16:
-        return Rounded("fp16", 16, np.clip(weight, -HALF_MAX, HALF_MAX).astype(np.float16))
-    if bits == 8 and weight.shape[dim] <= 2**bits:  # half precision holds a scale, and a value
-        return _to_int8(weight, dim)
-    return _to_codebook(weight, bits, sigma)
+        return Rounded("fp16", 16, np.clip(values, -HALF_MAX, HALF_MAX).astype(np.float16))
+    if bits == 8 and dim is not None and values.shape[dim] <= 2**bits:  # as many scales as a table has values
+        return _to_int8(values, dim)
+    return _to_codebook(values, bits, sigma)
 
 
 def _to_int8(weight: Array, dim: int) -> Rounded:
     largest = np.abs(np.moveaxis(weight, dim, 0)).reshape(weight.shape[dim], -1).max(1)
     # Half precision holds a scale well enough, and is what the file then stores
-    scale = (largest / INT8_MAX).astype(np.float16).astype(np.float32)
-    scale[(scale == 0) | ~np.isfinite(scale)] = 1.0
+    scale = in_half(largest / INT8_MAX)
+    scale[scale == 0] = 1.0
     steps = np.rint(weight / along(scale, dim, weight.ndim))
     codes = np.clip(steps, -INT8_MAX, INT8_MAX).astype(np.int8)
     return Rounded("int8", 8, codes, scale=scale, dim=dim)
@@ -94,7 +128,7 @@ def _to_codebook(weight: Array, bits: int, sigma: Array | None) -> Rounded:
     kept = weight != 0
     values = weight[kept]
     table = np.concatenate([[0.0], _cluster(values, 2**bits - 1, None if sigma is None else sigma[kept])])
-    table = table.astype(np.float16).astype(np.float32)
+    table = in_half(table)
     codes = np.zeros(weight.shape, dtype=np.uint8)
     ends = (table[1:-1] + table[2:]) / 2 if len(table) > 2 else np.empty(0)
     codes[kept] = np.minimum(1 + np.searchsorted(ends, values), len(table) - 1)
@@ -103,19 +137,20 @@ def _to_codebook(weight: Array, bits: int, sigma: Array | None) -> Rounded:
 
 def _cluster(values: Array, count: int, sigma: Array | None) -> Array:
     """At most `count` values in rising order, near all the given ones in units of sigma."""
-    different = np.unique(values.astype(np.float16))
-    different = different[different != 0].astype(np.float64)
-    if len(different) <= count:
-        few: Array = different
+    different, place = np.unique(in_half(values), return_inverse=True)
+    if len(different) - (0 in different) <= count:
+        few: Array = different[different != 0].astype(np.float64)
         return few
     from sklearn.cluster import KMeans  # half a second that most commands need not wait for
 
-    points = np.sort(values.astype(np.float64))
-    weights = np.ones(len(points))
+    # Weights that half precision does not tell apart are one point: at most some ten thousand, of millions
+    each = np.ones(len(values))
     if sigma is not None:
-        weights = 1 / np.square(np.maximum(sigma[np.argsort(values)].astype(np.float64), SIGMA_MIN))
+        each = 1 / np.square(np.maximum(sigma.astype(np.float64), SIGMA_MIN))
+    weights = np.bincount(place, each)
+    points = np.bincount(place, each * values) / weights
     # The best quantiser's values stand as dense as the cube root of what lies there (Panter, Dite, 1951)
-    share = np.cumsum(np.cbrt(weights))
+    share = np.cumsum(np.bincount(place, np.cbrt(each)))
     start = points[np.searchsorted(share, share[-1] * (np.arange(count) + 0.5) / count)]
     start = np.where(
         np.diff(start, prepend=-np.inf) > 0, start, np.quantile(points, np.linspace(0, 1, count))
@@ -123,35 +158,33 @@ def _cluster(values: Array, count: int, sigma: Array | None) -> Array:
     found = KMeans(count, init=start.reshape(-1, 1), n_init=1, max_iter=CODEBOOK_ROUNDS).fit(
         points.reshape(-1, 1), sample_weight=weights
     )
-    centres = np.unique(found.cluster_centers_.ravel().astype(np.float16)).astype(np.float64)
+    centres = np.unique(in_half(found.cluster_centers_.ravel())).astype(np.float64)
     nonzero: Array = centres[centres != 0]
     return nonzero
 
 
-def error_over_sigma(layer: nn.Module, rounded: Rounded, sigma: Array) -> float:
+def error_over_sigma(weight: Weight, rounded: Rounded, sigma: Array) -> float:
     """Root mean square of (rounded - weight) / sigma over the weights that are not 0."""
-    assert isinstance(layer.weight, torch.Tensor)
-    weight = layer.weight.detach().cpu().float().numpy()
-    kept = weight != 0
+    values = weight.array()
+    kept = values != 0
     if not kept.any():
         return 0.0
-    errors = (rounded.decode() - weight)[kept].astype(np.float64) / np.maximum(sigma[kept], SIGMA_MIN)
+    errors = (rounded.decode() - values)[kept].astype(np.float64) / np.maximum(sigma[kept], SIGMA_MIN)
     return float(np.sqrt(np.square(errors).mean()))
 
 
-def choose_bits(layer: nn.Module, sigma: Array, limit: float = ROUNDING_OVER_SIGMA) -> Rounded:
+def choose_bits(weight: Weight, sigma: Array, limit: float = ROUNDING_OVER_SIGMA) -> Rounded:
     """The fewest of 4, 8 and 16 bits whose errors stay below `limit` sigma; 16 where none do."""
     for bits in (4, 8):
-        rounded = round_weight(layer, bits, sigma)
-        if error_over_sigma(layer, rounded, sigma) <= limit:
+        rounded = round_weight(weight, bits, sigma)
+        if error_over_sigma(weight, rounded, sigma) <= limit:
             return rounded
-    return round_weight(layer, 16)
+    return round_weight(weight, 16)
 
 
 @torch.no_grad()
 def write_rounded_(model: nn.Module, rounded: Mapping[str, Rounded]) -> None:
     """Put rounded weights in the place of a network's own, in place."""
-    for name, layer in roundable(model).items():
+    for name, weight in roundable(model).items():
         if name in rounded:
-            assert isinstance(layer.weight, torch.Tensor)
-            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(rounded[name].decode())))
+            weight.tensor.copy_(torch.from_numpy(np.ascontiguousarray(rounded[name].decode())))

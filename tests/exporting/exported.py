@@ -22,9 +22,10 @@ def export_case(folder: Path, bits: int, embedded: bool) -> tuple[Any, Any]:
     """Write folder/model.onnx, a sparse network; an input of it, and its output in onnxruntime here."""
     torch.manual_seed(0)
     model = build_architecture("digits").eval()
-    for layer in roundable(model).values():
-        layer.weight.data *= torch.rand_like(layer.weight) < 0.2  # type: ignore[operator, arg-type]
-    codes = {name: round_weight(layer, bits) for name, layer in roundable(model).items()} if bits < 32 else {}
+    weights = roundable(model)
+    for weight in weights.values():
+        weight.tensor.data *= torch.rand_like(weight.tensor) < 0.2
+    codes = {name: round_weight(weight, bits) for name, weight in weights.items()} if bits < 32 else {}
     write_rounded_(model, codes)
     samples = torch.randn(5, 1, 8, 8)
     spec = InputSpec((1, 8, 8), (0.3,), (0.4,), embedded=embedded)

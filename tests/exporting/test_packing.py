@@ -94,7 +94,7 @@ def layer_of(weight: np.ndarray) -> nn.Module:
 @settings(deadline=None)  # the first session, and k-means, take longer than the rest
 @given(weights().filter(lambda weight: weight.ndim in (2, 4)), st.sampled_from([16, 8, 4]))
 def test_packed_codes_give_the_rounded_weight_to_the_last_bit(weight: np.ndarray, bits: int) -> None:
-    codes = round_weight(layer_of(weight), bits)
+    codes = round_weight(roundable(layer_of(weight))["weight"], bits)
     values = codes.decode()
     assert not values[weight == 0].any()
     proto = model_of(values)

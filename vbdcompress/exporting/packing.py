@@ -19,7 +19,7 @@ from torch import nn
 from vbdcompress.config import Bits
 from vbdcompress.exporting.rebuilding import Codes, Part, rebuild_dense, rebuild_sparse, rebuild_together
 from vbdcompress.records import PackedTensor
-from vbdcompress.rounding import Array, Rounded, along, roundable
+from vbdcompress.rounding import Array, Rounded, along, in_half, roundable
 
 # A tensor below this many bytes is not worth the operators that would rebuild it
 SMALLEST = 256
@@ -174,7 +174,7 @@ def _groups(chosen: Sequence[_Choice]) -> list[list[_Choice]]:
 
 def _describe(codes: Codes, sparse: bool) -> str:
     kind = "codebook" if codes.table is not None else str(codes.codes.dtype)
-    values = f"{kind} of {len(codes.table)}" if codes.table is not None else kind
+    values = f"{kind} of {codes.table.shape[-1]}" if codes.table is not None else kind
     return f"gaps and {values}" if sparse else values
 
 
@@ -194,6 +194,31 @@ def _encodings(name: str, array: Array, rounded: Mapping[str, Rounded]) -> Itera
             if np.array_equal(codes.decode(), array):
                 yield codes
                 return
+    if rounded:
+        yield from _encodings_of_values(array)
+
+
+def _encodings_of_values(array: Array) -> Iterator[Codes]:
+    """What tells from the values alone that they were rounded: pieces of weights, or in another order.
+
+    Half precision, and a codebook of a few such values, or one for each slice along the first dimension:
+    recurrent layers of both directions are one tensor.
+    """
+    if not np.array_equal(in_half(array), array):
+        return
+    yield Codes(array.astype(np.float16), None, None, 16, exact=True)
+    for slices in {1, len(array)} if array.ndim > 2 else {1}:
+        rows = array.reshape(slices, -1)
+        each = [np.unique(row[row != 0]) for row in rows]
+        most = 1 + max(map(len, each))
+        if most > 2**8:
+            continue
+        table, codes = np.zeros((slices, most), dtype=np.float32), np.zeros(rows.shape, dtype=np.uint8)
+        for number, (values, row) in enumerate(zip(each, rows, strict=True)):
+            table[number, 1 : 1 + len(values)] = values
+            codes[number, row != 0] = 1 + np.searchsorted(values, row[row != 0])
+        tables = table[0] if slices == 1 else table
+        yield Codes(codes.reshape(array.shape), tables, None, 4 if most <= 2**4 else 8, exact=True)
 
 
 def _scaled(rounded: Rounded, array: Array) -> Codes | None:

@@ -18,7 +18,8 @@ class Codes:
 
     Attributes:
         codes: its shape, float32, float16, int8 or uint8.
-        table: what uint8 codes are places in; None: the codes are the values.
+        table: [values], what uint8 codes are places in, or [slices, values], for each slice along the
+            first dimension; None: the codes are the values.
         scale: broadcasts to its shape: what the values are multiplied by; None: nothing.
         bits: of each code.
         exact: decoding gives the tensor to the last bit.
@@ -32,7 +33,13 @@ class Codes:
 
     def decode(self) -> Array:
         """The tensor, float32."""
-        values = self.codes.astype(np.float32) if self.table is None else self.table[self.codes]
+        if self.table is None:
+            values = self.codes.astype(np.float32)
+        elif self.table.ndim == 1:
+            values = self.table[self.codes]
+        else:
+            places = self.codes.reshape(len(self.table), -1).astype(np.int64)
+            values = np.take_along_axis(self.table, places, 1).reshape(self.codes.shape)
         return values if self.scale is None else values * self.scale
 
 
@@ -105,7 +112,10 @@ def _values(part: Part, codes: Codes, flat: Array) -> str:
     else:
         places = part.add("Cast", part.constant(flat), to=onnx.TensorProto.INT32)
     values = part.add("Cast", part.constant(table), to=onnx.TensorProto.FLOAT)
-    return part.add("Gather", values, places)
+    if table.ndim == 1:
+        return part.add("Gather", values, places)
+    rows = part.add("Reshape", places, part.constant(np.array([len(table), -1], dtype=np.int64)))
+    return part.add("GatherElements", values, rows, axis=1)
 
 
 def rebuild_dense(part: Part, codes: Codes) -> str | None:
@@ -113,7 +123,7 @@ def rebuild_dense(part: Part, codes: Codes) -> str | None:
     if codes.codes.dtype == np.float32:
         return None
     rebuilt = _values(part, codes, codes.codes)
-    if codes.bits == 4:
+    if codes.bits == 4 or (codes.table is not None and codes.table.ndim == 2):
         rebuilt = part.add("Reshape", rebuilt, part.constant(np.array(codes.codes.shape, dtype=np.int64)))
     return _scale(part, codes, rebuilt)
 
@@ -129,8 +139,10 @@ def _scale(part: Part, codes: Codes, rebuilt: str) -> str:
     return part.add("Mul", rebuilt, scale)
 
 
-def rebuild_sparse(part: Part, codes: Codes) -> str:
-    """The tensor from the gaps between the codes that are not 0, and these."""
+def rebuild_sparse(part: Part, codes: Codes) -> str | None:
+    """The tensor from the gaps between the codes that are not 0, and these; None where slices have tables."""
+    if codes.table is not None and codes.table.ndim == 2:
+        return None
     if not codes.codes.any():
         return part.add("ConstantOfShape", part.constant(np.array(codes.codes.shape, dtype=np.int64)))
     return _shape_and_scale(part, codes, _scatter(part, codes.codes.ravel(), codes))

@@ -115,8 +115,9 @@ ROWS = {
             "channels",
             "-",
             "no worse than torch-pruning's own at the same MACs",
-            "These runs started from an earlier dense network, of forty epochs and 9.27 % (zoo/resnet20.pt at "
-            "commit c2d1fea). The one that is there now, of 160 epochs, has 7.51 %; its runs are to be made.",
+            "These runs started from an earlier dense network, of forty epochs and 9.27 % (zoo/resnet20.pt "
+            "at commit c2d1fea). The one that is there now, of 160 epochs, has 7.51 %; its runs are to be "
+            "made.",
             seeds=3,
         ),
         Row("vgg_cifar", "weights", "-", "no worse than VD at as many nonzeros"),
