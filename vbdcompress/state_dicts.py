@@ -1,5 +1,6 @@
 """The weights in a file, under whatever names training scripts gave them."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ def load_state_(path: Path, arch: str, model: nn.Module, state: Any) -> None:
     if odd:
         told = f"{odd[0]!r} is {state[odd[0]].dtype}, {state[odd[0]].layout}, on {state[odd[0]].device}"
         raise LoadError(where, f"holds what is no weight of a network: {told}.", "Allowed are dense tensors.")
-    state = _without_wrappers(state, expected)
-    missing = _missing(state, expected)
+    versions = getattr(state, "_metadata", None)
+    given, state = state, _without_wrappers(state, expected)
+    # torch counts batches from 0 where files of before it counted them say nothing
+    missing = [key for key in _missing(state, expected) if not key.endswith(".num_batches_tracked")]
     unknown = [key for key in state if key not in expected]
     shapes = [
         f"{key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}"
@@ -79,7 +82,13 @@ def load_state_(path: Path, arch: str, model: nn.Module, state: Any) -> None:
     ]
     if problems:
         raise LoadError(where, f"does not fit architecture '{arch}'; {'; '.join(problems)}.")
-    model.load_state_dict(state, strict=False)
+    fitting = OrderedDict(state)
+    # By it modules know weights of an older kind; the names in it are those of the file
+    fitting._metadata = (versions if set(given) == set(state) else None) or expected._metadata  # type: ignore[attr-defined]
+    try:
+        model.load_state_dict(fitting, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise LoadError(where, f"does not fit architecture '{arch}': {error}") from error
 
 
 def memory_of(entry: Any) -> Any:
