@@ -135,3 +135,17 @@ def test_rounded_networks_compute_with_the_codes_that_are_handed_on() -> None:
         if name.endswith("weight"):
             np.testing.assert_array_equal(rounding.codes[name].decode(), parameter.detach().numpy())
     assert [row.error_over_sigma for row in rounding.rows] == [None, None]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("factor", [1e-4, 1e-7, 1e-20])
+def test_weights_as_small_as_half_precision_does_not_know_are_rounded_alike(bits: int, factor: float) -> None:
+    usual, small = sparse_layer(), sparse_layer()
+    small.weight.data *= factor
+
+    def lost(layer: nn.Linear) -> float:
+        values = weight_of(layer).astype(np.float64)
+        error = round_weight(own(layer), bits).decode() - values
+        return float(np.sqrt(np.square(error).mean() / np.square(values).mean()))
+
+    assert 0 < lost(small) < 1.05 * lost(usual)

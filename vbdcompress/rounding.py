@@ -4,8 +4,9 @@ How many bits a layer needs is asked of its posterior: N(theta, sigma^2) says ho
 known, so a rounding error that is small beside sigma loses nothing that the data had said.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,9 @@ from vbdcompress.matrices import why_no_matrix
 
 Array = npt.NDArray[Any]
 INT8_MAX = 127
-HALF_MAX = 65504.0
+HALF_MAX, HALF_NORMAL = 65504.0, 2.0**-14
+# Largest weights below this have a scale of their own
+SMALL = 2.0**-10
 # Largest root mean square of error over sigma: at 1 rounding adds as much as the posterior leaves open
 ROUNDING_OVER_SIGMA = 1.0
 CODEBOOK_ROUNDS = 100
@@ -36,7 +39,7 @@ class Rounded:
         bits: of each code.
         codes: the weight's shape: float16, int8, or uint8 places in the table.
         table: [up to 2^bits] float32, its first entry 0; None without a codebook.
-        scale: [outputs] float32, what the int8 codes of each output are multiplied by; else None.
+        scale: [outputs] float32, what the codes of each output are multiplied by, or [1]; None: by nothing.
         dim: of the outputs in the weight.
     """
 
@@ -107,18 +110,25 @@ def round_weight(weight: Weight, bits: int, sigma: Array | None = None) -> Round
         sigma: the weight's shape: how exactly it is known; None counts every error alike.
     """
     values, dim = weight.array(), weight.outputs
-    if bits == 16:
-        return Rounded("fp16", 16, np.clip(values, -HALF_MAX, HALF_MAX).astype(np.float16))
     if bits == 8 and dim is not None and values.shape[dim] <= 2**bits:  # as many scales as a table has values
         return _to_int8(values, dim)
-    return _to_codebook(values, bits, sigma)
+    largest = float(np.abs(values).max(initial=0.0))
+    # half precision tells numbers far below this poorly from one another
+    unit = 2.0 ** math.floor(math.log2(largest)) if 0 < largest < SMALL else 1.0
+    values, sigma = values / np.float32(unit), None if sigma is None else sigma / unit
+    if bits == 16:
+        rounded = Rounded("fp16", 16, in_half(values).astype(np.float16))
+    else:
+        rounded = _to_codebook(values, bits, sigma)
+    return rounded if unit == 1 else replace(rounded, scale=np.array([unit], dtype=np.float32))
 
 
 def _to_int8(weight: Array, dim: int) -> Rounded:
     largest = np.abs(np.moveaxis(weight, dim, 0)).reshape(weight.shape[dim], -1).max(1)
-    # Half precision holds a scale well enough, and is what the file then stores
-    scale = in_half(largest / INT8_MAX)
+    scale = (largest / INT8_MAX).astype(np.float32)
     scale[scale == 0] = 1.0
+    # Half precision holds it well enough where it is no subnormal number, and is what the file then stores
+    scale = np.where(scale < HALF_NORMAL, scale, in_half(scale))
     steps = np.rint(weight / along(scale, dim, weight.ndim))
     codes = np.clip(steps, -INT8_MAX, INT8_MAX).astype(np.int8)
     return Rounded("int8", 8, codes, scale=scale, dim=dim)
