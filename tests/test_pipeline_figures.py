@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -19,7 +18,6 @@ from vbdcompress.data.loaders import whole
 from vbdcompress.errors import DataError
 from vbdcompress.pipeline import compress
 from vbdcompress.records import EpochRow, InputSpec
-from vbdcompress.reporting.terminal import print_summary
 from vbdcompress.surgery.liveness import other_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The slim network names one class")
@@ -236,15 +234,14 @@ class Words(nn.Module):
         return output
 
 
-def test_bits_where_nothing_is_rounded_are_told_of(tmp_path: Path) -> None:
+def test_bits_round_what_is_neither_linear_nor_a_convolution() -> None:
     ids = torch.randint(0, 20, (40, 3), generator=torch.Generator().manual_seed(0))
     batches = [(ids, ids[:, 0] % 2)]
-    result = compress(Words(), batches, validation=batches, test=batches, mode="weights", bits="8", **QUICK)
-    content = result.export(tmp_path)
-    console = Console(record=True, width=100)
-    print_summary(content, console)
-    assert "no weight was rounded" in console.export_text()
-    assert "No weight was rounded" in (tmp_path / "report.html").read_text()
+    options = {"mode": "weights", "bits": "auto", "threshold": 1e9}
+    report = compress(Words(), batches, validation=batches, test=batches, **options, **QUICK).report
+    rows = {row["name"]: row for row in report["rounding"]["layers"]}
+    assert sorted(rows) == ["matrix", "table.weight"]
+    assert all(0 < row["error_over_sigma"] < 1 and row["bits"] < 16 for row in rows.values())
 
 
 def test_rounded_weights_that_are_not_packed_are_said_to_take_32_bits(tmp_path: Path) -> None:
@@ -263,3 +260,20 @@ def test_a_second_round_folds_behind_layers_that_pick_features() -> None:
     assert result.model(inputs).shape == (4, 2)
     # a gather takes a wider input, the network does not
     assert [tuple(each.shape) for each in other_sizes(result.model, inputs)] == []
+
+
+def test_a_run_and_its_export_leave_all_generators_as_they_were(tmp_path: Path) -> None:
+    own = torch.Generator().manual_seed(9)
+    data, test = images(600, 0), DataLoader(images(50, 2), 32)
+    loader = DataLoader(data, 50, shuffle=True)
+    validation = DataLoader(images(50, 1), 32, shuffle=True, generator=own)
+    model = network()
+    before = torch.get_rng_state(), own.get_state()
+    options = {"epochs": 1, "finetune_epochs": 1, "threshold": 0.0, "int8": True, "device": "cpu"}
+    result = compress(model, loader, validation=validation, test=test, **options)
+    for name in "ab":
+        result.export(tmp_path / name)
+    files = [(tmp_path / name / "model_int8.onnx").read_bytes() for name in "ab"]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(own.get_state(), before[1])
+    assert files[0] == files[1]  # calibrated on the same examples

@@ -20,7 +20,7 @@ from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import computed_weights
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
-from vbdcompress.data.loaders import drawn_from, seed_generators, whole
+from vbdcompress.data.loaders import drawn_from, kept_generators, seed_generators, whole
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError, ExportError
 from vbdcompress.evaluation import Judge, Loss, Metric, cross_entropy, to_device, top1_error, with_gradients
@@ -95,35 +95,36 @@ def compress(
     if isinstance(model, ExportedProgram):
         model = from_exported(model)
     model = unwrap(model)
-    held_out: Literal[True] | None = None if validation is None else True
-    if validation is None:
-        loader, validation = split_loader(loader, config.validation_fraction, config.seed)
-    if unpack is not None:
-        loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
-        test = None if test is None else Unpacked(test, unpack)
-    validation, test = whole(validation), None if test is None else whole(test)
-    check_parts(loader, validation, test)
-    record = DataRecord(
-        None,
-        (),
-        count_examples(loader),
-        count_examples(validation),
-        None if test is None else count_examples(test),
-        held_out,
-    )
-    sources = Sources(loader, validation, test, record, input or InputSpec(()))
-    folder = None if checkpoints is None else Path(checkpoints)
-    if folder is None and resume:
-        raise ConfigError("compress", "resume=True names no folder to go on from.", "checkpoints=FOLDER")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    origin = Origin(type(model).__name__.lower(), type(model).__name__)
     with ExitStack() as stack:
+        stack.enter_context(kept_generators(loader, validation, test))
+        held_out: Literal[True] | None = None if validation is None else True
+        if validation is None:
+            loader, validation = split_loader(loader, config.validation_fraction, config.seed)
+        if unpack is not None:
+            loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
+            test = None if test is None else Unpacked(test, unpack)
+        validation, test = whole(validation), None if test is None else whole(test)
+        check_parts(loader, validation, test)
+        record = DataRecord(
+            None,
+            (),
+            count_examples(loader),
+            count_examples(validation),
+            None if test is None else count_examples(test),
+            held_out,
+        )
+        sources = Sources(loader, validation, test, record, input or InputSpec(()))
+        folder = None if checkpoints is None else Path(checkpoints)
+        if folder is None and resume:
+            raise ConfigError("compress", "resume=True names no folder to go on from.", "checkpoints=FOLDER")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        origin = Origin(type(model).__name__.lower(), type(model).__name__)
         if verbose and listener is None:
             listener = stack.enter_context(FitProgress(Console()))
         place = Workplace(folder, resume, listener)
         result = run_stages(model, sources, config, origin, Judge(loss, metric), place)
-    for message in result.report["warnings"]:
+    for message in result.report["warnings"] if result.is_main else ():
         warnings.warn(message, UserWarning, stacklevel=3)  # past the decorator
     return result
 

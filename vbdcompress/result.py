@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vbdcompress.config import RunConfig
+from vbdcompress.data.loaders import drawn_from, kept_generators, seed_generators
 from vbdcompress.errors import DataError, ExportError
 from vbdcompress.evaluation import Metric
 from vbdcompress.exporting.export import export, file_properties, make_folder, write_onnx
@@ -135,7 +136,9 @@ class Result:
         content = with_export(self.report, check, latency)
         if files.config.int8:
             try:
-                content["int8"] = self._export_int8(folder, spec, given)
+                parts = files.sources
+                with kept_generators(parts.train, parts.validation, parts.test):
+                    content["int8"] = self._export_int8(folder, spec, given)
                 content["files"] = [*content["files"][:1], INT8_FILE, *content["files"][1:]]
             except (ExportError, DataError) as error:
                 (folder / INT8_FILE).unlink(missing_ok=True)
@@ -152,10 +155,11 @@ class Result:
         if files.config.packs:  # what is rebuilt at session time is no constant to quantise
             source = files.scratch.folder / "dense.onnx"
             write_onnx(self.model, source, files.samples, spec, others=files.others)
-        batches = first_batches(sources.train, CALIBRATION_EXAMPLES)
-        calibration = (inputs_for(spec, inputs) for inputs in batches)
-        path = folder / INT8_FILE
-        size = quantize_int8(source, path, calibration)
+        path, seed = folder / INT8_FILE, files.config.seed
+        with drawn_from(seed):  # the same examples at each export
+            seed_generators(sources.train, seed)
+            batches = first_batches(sources.train, CALIBRATION_EXAMPLES)
+            size = quantize_int8(source, path, (inputs_for(spec, inputs) for inputs in batches))
         sets = {"validation": sources.validation, "test": sources.test}
         return {
             "bytes": size,

@@ -12,6 +12,7 @@ from vbdcompress.choices import Choice, describe_judgement
 from vbdcompress.choosing import Candidates, FileSize, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
+from vbdcompress.data.loaders import drawn_from, seed_generators
 from vbdcompress.devices import of_main, start_fabric
 from vbdcompress.errors import DataError, SlimError
 from vbdcompress.evaluation import Judge, measure_error
@@ -23,13 +24,7 @@ from vbdcompress.optimization import default_beta
 from vbdcompress.precision import Rounding, round_model_
 from vbdcompress.records import TIE, CurvePoint, EpochRow, Size
 from vbdcompress.reporting.build import ErrorRecord, StageRecord, log_alpha_histogram
-from vbdcompress.slimming import (
-    Slim,
-    measure_curve,
-    or_default,
-    posterior_sigma,
-    slim,
-)
+from vbdcompress.slimming import Slim, measure_curve, or_default, posterior_sigma, slim
 from vbdcompress.sources import Sources, first_batch
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.workplace import WRITING, Workplace, cut_options
@@ -95,7 +90,8 @@ class StageRunner:
         self.sources, self.config, self.judge = sources.on(device), config, judge
         self.teacher = teacher if judge.follows(config) else None
         self.workplace, self.original, self.files, self.device = workplace, original, files, device
-        with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws its first batch
+        with drawn_from(config.seed):  # a loader that shuffles draws its first batch
+            seed_generators(self.sources.validation, config.seed)
             _, target = first_batch(self.sources.validation, "validation")
         self.judged = describe_judgement(judge.metric, target)
         self.told, self.earlier = list[str](), 0.0  # warnings; seconds of epochs that a checkpoint held

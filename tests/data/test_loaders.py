@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from vbdcompress.data import TensorBatches, Unpacked, count_examples, split_loader
-from vbdcompress.data.loaders import set_epoch
+from vbdcompress.data.loaders import kept_generators, seed_generators, set_epoch, whole
 from vbdcompress.errors import DataError
 
 SET = TensorDataset(torch.arange(20.0)[:, None], torch.arange(20) % 2)
@@ -232,3 +232,36 @@ def test_split_loader_leaves_a_batch_where_the_last_one_would_be_dropped() -> No
     train, held = split_loader(DataLoader(SET, batch_size=20, drop_last=True), 0.2, seed=0)
     assert (count_examples(train), count_examples(held)) == (16, 4)
     assert len(list(train)) == 1
+
+
+class Scaling(DataLoader):
+    """Makes of its batches what no other loader would."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for inputs, labels in super().__iter__():
+            yield inputs / 255, labels
+
+
+class Named(DataLoader):
+    """A class of its own, and nothing more."""
+
+
+def test_a_loader_that_makes_its_batches_itself_is_not_rebuilt() -> None:
+    data = TensorDataset(torch.full((10, 2), 255.0), torch.zeros(10))
+    with pytest.raises(DataError, match="is a Scaling, whose own __iter__ makes its batches"):
+        split_loader(Scaling(data, batch_size=3), 0.2, 0)
+    loader = Scaling(data, batch_size=3, drop_last=True)
+    assert whole(loader) is loader
+    train, _ = split_loader(Named(data, batch_size=3), 0.2, 0)
+    assert count_examples(train) == 8
+
+
+def test_kept_generators_puts_a_loaders_own_back() -> None:
+    own = torch.Generator().manual_seed(5)
+    loader = Unpacked(DataLoader(range(10), shuffle=True, generator=own), lambda batch: (batch, batch))
+    before, usual = own.get_state(), torch.get_rng_state()
+    with kept_generators(loader, None, [1, 2]):
+        seed_generators(loader, 3)
+        assert list(loader)
+    assert torch.equal(own.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), usual)

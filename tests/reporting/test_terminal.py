@@ -98,3 +98,5 @@ def test_print_summary_says_what_rounding_did(report):
     ]
     report["rounding"] = {"layers": layers, "validation_error": {"before": 1.5, "after": 1.6}}
     assert "weights in 4 to 16 bits: validation error 1.50% before, 1.60% after" in show(report)
+    report["rounding"]["layers"] = []
+    assert "no weight was rounded" in show(report)

@@ -56,7 +56,7 @@ def whole(loader: Any) -> Any:
     """A loader to measure on: with its last, smaller batch, which one to train on may leave out."""
     if isinstance(loader, Unpacked):
         return Unpacked(whole(loader.loader), loader.unpack)
-    if not isinstance(loader, DataLoader) or not loader.drop_last:
+    if not isinstance(loader, DataLoader) or not loader.drop_last or _iterates_itself(loader):
         return loader
     order = {} if isinstance(loader.dataset, IterableDataset) else {"sampler": loader.sampler}
     return reload(loader, loader.dataset, batch_size=loader.batch_size, **order)
@@ -79,11 +79,8 @@ def set_epoch(batches: Any, epoch: int) -> None:
 
 def seed_generators(batches: Any, seed: int) -> None:
     """Start a DataLoader's own generators anew, so that its order is that of the seed."""
-    if isinstance(batches, Unpacked):
-        seed_generators(batches.loader, seed)
-    elif isinstance(batches, DataLoader):
-        for part in (batches, *_order_parts(batches)):
-            seed_generator(part, seed)
+    for generator in _generators_of(batches):
+        generator.manual_seed(seed)
 
 
 def _order_parts(loader: DataLoader[Any]) -> list[Any]:
@@ -113,6 +110,27 @@ def forked_generators(devices: Sequence[torch.device] = ()) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+@contextmanager
+def kept_generators(*loaders: Any) -> Iterator[None]:
+    """Whatever is drawn inside, afterwards all generators are as they were, the loaders' own among them."""
+    own = [generator for loader in loaders for generator in _generators_of(loader)]
+    states = [generator.get_state() for generator in own]
+    with forked_generators():
+        try:
+            yield
+        finally:
+            for generator, state in zip(own, states, strict=True):
+                generator.set_state(state)
+
+
+def _generators_of(batches: Any) -> list[torch.Generator]:
+    if isinstance(batches, Unpacked):
+        return _generators_of(batches.loader)
+    parts = (batches, *_order_parts(batches)) if isinstance(batches, DataLoader) else ()
+    found = (getattr(part, "generator", None) for part in parts)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 @contextmanager
@@ -223,8 +241,24 @@ def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
     return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
 
 
+def _iterates_itself(loader: DataLoader[Any]) -> bool:
+    """Whether its class is the user's own and makes batches of its own."""
+    return type(loader).__iter__ is not DataLoader.__iter__
+
+
 def reload(loader: DataLoader[Any], dataset: Dataset[Any], **order: Any) -> DataLoader[Any]:
-    """The same loader of other data, or in another order."""
+    """The same loader of other data, or in another order.
+
+    Raises:
+        DataError: its class makes batches of its own, as no other loader would.
+    """
+    if _iterates_itself(loader):
+        raise DataError(
+            "loader",
+            f"is a {type(loader).__name__}, whose own __iter__ makes its batches: it can't be split, nor "
+            "shared by several processes.",
+            "Pass validation data, and fit in one process; or let the data set or collate_fn do that.",
+        )
     return DataLoader(
         dataset,
         num_workers=loader.num_workers,

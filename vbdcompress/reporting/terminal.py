@@ -107,7 +107,7 @@ def _describe_int8(int8: Mapping[str, Any]) -> str:
 def _describe_rounding(rounding: Mapping[str, Any]) -> str:
     bits = sorted({row["bits"] for row in rounding["layers"]})
     if not bits:
-        return "no weight was rounded: there is no Linear layer or convolution"
+        return "no weight was rounded: there is no matrix of them"
     error = rounding["validation_error"]
     told = f"{bits[0]} bits" if len(bits) == 1 else f"{bits[0]} to {bits[-1]} bits"
     before, after = format_percent(error["before"]), format_percent(error["after"])
