@@ -11,11 +11,11 @@ from torch import nn
 
 from vbdcompress.architectures import build_architecture
 from vbdcompress.conversion import convert
-from vbdcompress.errors import LoadError
+from vbdcompress.errors import LoadError, SlimError
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.slice import LayerCut
+from vbdcompress.surgery.slice import LayerCut, RemovalPlan, apply_plan_
 from vbdcompress.vbd.posterior import find_posteriors
 
 SPEC = InputSpec((1, 28, 28), (0.1,), (0.3,))
@@ -155,3 +155,29 @@ def test_names_that_end_like_packed_ones_are_kept_apart(tmp_path):
 
     save_slim(tmp_path / "slim.safetensors", Network(), SlimFile((), None, {}, None, InputSpec((4,))))
     assert load_slim(tmp_path / "slim.safetensors", Network()).mem.values.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"inputs": ["a"]},
+        {"inputs": 5},
+        {"outputs": [1.5]},
+        {"outputs": [-1]},
+        {"attributes": {"in_features": "3"}},
+        {"attributes": [1]},
+        {"parameters": {"weight": [0]}},
+        {"parameters": 3},
+        {"strange": 1},
+    ],
+)
+def test_a_malformed_plan_is_named(cut):
+    with pytest.raises(SlimError, match="removal plan: is malformed"):
+        RemovalPlan.from_json({"fc": cut})
+
+
+@pytest.mark.parametrize("name", ["__class__", "forward", "training", "nothing"])
+def test_a_plan_sets_numbers_that_a_module_keeps_and_nothing_else(name):
+    plan = RemovalPlan.from_json({"0": {"attributes": {name: 3}}})
+    with pytest.raises(SlimError, match=f"keeps no number '{name}'"):
+        apply_plan_(nn.Sequential(nn.Linear(4, 3)), plan)

@@ -17,6 +17,9 @@ from vbdcompress.parametrized import store_weights_
 from vbdcompress.recurrent import Recurrent, narrow_, recurrent_parameters, rows_of_units
 from vbdcompress.surgery.weights import Table, keeps_groups_apart, shares
 
+# Fields of a cut that list positions
+POSITIONS = frozenset({"inputs", "outputs", "gather"})
+
 
 @dataclass(frozen=True)
 class LayerCut:
@@ -68,19 +71,37 @@ class RemovalPlan:
         """Inverse of `to_json`. Raises SlimError where it is not such a plan."""
         try:
             return cls({name: _read_cut(cut) for name, cut in content.items()})
-        except (TypeError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise SlimError("removal plan", f"is malformed: {error}") from error
 
 
 def _read_cut(content: Mapping[str, Any]) -> LayerCut:
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
-    }
-    if values.get("parameters"):
+    """Raises TypeError, ValueError or AttributeError where it is no such cut: files come from anywhere."""
+    values = dict(content)
+    for key in POSITIONS & values.keys():
+        values[key] = _read_positions(values[key])
+    if "parameters" in values:
         values["parameters"] = {
-            name: (dim, tuple(kept)) for name, (dim, kept) in values["parameters"].items()
+            str(name): (_read_number(dim), _read_positions(kept))
+            for name, (dim, kept) in values["parameters"].items()
+        }
+    if "attributes" in values:
+        values["attributes"] = {
+            str(name): _read_number(number) for name, number in values["attributes"].items()
         }
     return LayerCut(**values)
+
+
+def _read_positions(kept: Any) -> tuple[int, ...]:
+    if not isinstance(kept, list | tuple):
+        raise TypeError(f"positions are a {type(kept).__name__}")
+    return tuple(_read_number(place) for place in kept)
+
+
+def _read_number(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise TypeError(f"{number!r} is no number of something")
+    return number
 
 
 def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
@@ -98,7 +119,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
             raise SlimError("removal plan", f"names layer '{name}', which the network lacks.") from error
         try:
             cut_layer_(layer, cut)
-        except (IndexError, RuntimeError) as error:
+        except (IndexError, RuntimeError, TypeError, AttributeError) as error:
             raise SlimError("removal plan", f"does not fit layer '{name}' ({layer}): {error}") from error
 
 
@@ -106,6 +127,8 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
 def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
     """Cut one layer, in place, and keep its own record of its widths true."""
     for name, value in (cut.attributes or {}).items():
+        if type(vars(layer).get(name)) is not int:
+            raise AttributeError(f"it keeps no number '{name}'")
         setattr(layer, name, value)
     for name, (dim, kept) in (cut.parameters or {}).items():
         _select_(layer, name, dim, kept)
