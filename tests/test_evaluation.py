@@ -110,11 +110,15 @@ def precisions() -> list[str]:
 def test_whole_float32_holds_on_a_gpu_for_as_long_as_it_is_asked_for() -> None:
     before = precisions()
     assert CUDNN.allow_tf32
+    torch.set_float32_matmul_precision("high")
     with whole_float32(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "highest"
         assert not CUDNN.allow_tf32
         assert precisions() == len(PARTS) * ["ieee"]
         with CUDNN.flags(enabled=True, deterministic=True, allow_tf32=False):  # as a network's code may
             pass
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
     assert (CUDNN.allow_tf32, precisions()) == (True, before)
     with pytest.raises(KeyError), whole_float32(torch.device("cuda")):
         raise KeyError

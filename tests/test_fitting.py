@@ -282,3 +282,17 @@ def test_fit_on_cuda(
 
 def test_fit_takes_a_run_configuration(small_batches: TensorBatches, make_network: Make) -> None:
     assert len(fit(make_network(), small_batches, RunConfig(epochs=1, device="cpu")).epochs) == 1
+
+
+def test_the_log_weighs_examples_alike_whatever_the_last_batch_holds(make_network: Make) -> None:
+    torch.manual_seed(1)
+    inputs, labels = torch.randn(9, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    batches = [(inputs[:8], labels[:8]), (100 * inputs[8:], labels[8:])]
+    model = make_network().requires_grad_(False)
+    model[0].weight.requires_grad_(True)
+    (row,) = fit(model, batches, FitConfig(epochs=1, lr=1e-12, device="cpu")).epochs
+    whole = torch.cat([batch for batch, _ in batches])
+    with torch.no_grad():
+        losses = F.cross_entropy(model(whole), labels, reduction="none")
+    assert abs(losses[8] - losses[:8].mean()) > 1
+    assert row.nll == pytest.approx(float(losses.mean()), rel=1e-4)

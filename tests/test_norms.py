@@ -131,3 +131,22 @@ def test_frozen_weights_that_have_no_gates_are_removed_or_stay():
         found = compress(model, given, validation=given, test=given, mode="weights", epochs=3, threshold=-9.0)
     assert 0.0 in (left := set(found.model[3].weight.flatten().tolist()))
     assert left - {0.0} < before
+
+
+def test_a_norm_that_does_not_run_keeps_its_statistics() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.side = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.main(x) + self.side(x) if self.training else self.main(x)
+
+    model = Auxiliary()
+    for norm in (model.main, model.side):
+        norm.running_mean.fill_(5.0)
+        norm.num_batches_tracked.fill_(7)
+    reestimate_batch_norm_(model, [(torch.randn(50, 3), torch.zeros(50))])
+    assert model.main.running_mean.abs().max() < 1
+    assert torch.equal(model.side.running_mean, torch.full((3,), 5.0))
+    assert int(model.side.num_batches_tracked) == 7

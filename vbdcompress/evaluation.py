@@ -103,7 +103,7 @@ def with_gradients() -> Iterator[None]:
 
 @contextmanager
 def whole_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 in cuDNN on a GPU: the error that is measured is to be that of the file, in float32."""
+    """No TF32 on a GPU: the error that is measured is to be that of the file, in float32."""
     if device.type != "cuda":
         yield
         return
@@ -112,13 +112,16 @@ def whole_float32(device: torch.device) -> Iterator[None]:
     parts = [getattr(cudnn, name) for name in ("conv", "rnn") if hasattr(cudnn, name)]
     before = [part.fp32_precision for part in parts]
     allowed = all(precision == "tf32" for precision in before) if parts else cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
     cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     for part in parts:
         part.fp32_precision = "ieee"
     try:
         yield
     finally:
         cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(products)
         for part, precision in zip(parts, before, strict=True):
             part.fp32_precision = precision
 
@@ -165,12 +168,13 @@ def mean_error(
     Args:
         run: inputs on `device` -> output.
     """
-    total, beyond, unfit = torch.zeros(3, dtype=torch.float64, device=device)
+    precise = torch.float32 if device.type == "mps" else torch.float64  # all that Apple's GPUs have
+    total, beyond, unfit = torch.zeros(3, dtype=precise, device=device)
     count = 0
     for batch in batches:
         inputs, target = to_device(batch[0], device), to_device(batch[1], device)
         errors = metric(run(inputs), target)
-        total += errors.double().sum()
+        total += errors.to(precise).sum()
         beyond += ((errors < -ROUNDING) | (errors > 1 + ROUNDING)).sum()
         if bounded:
             unfit += _count_unfit(inputs)

@@ -1,5 +1,6 @@
 """Batch norm's running statistics: taken anew once a network is cut, or left where the norm is frozen."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,7 +37,7 @@ def reestimate_batch_norm_(
 ) -> None:
     """Take batch norm's running statistics anew, in place: those of the fit were taken under noise.
 
-    Frozen norms keep theirs, under which the fit was made.
+    Frozen norms keep theirs, under which the fit was made, and those that do not run in eval mode.
 
     Args:
         loader: training batches, (input, target).
@@ -53,6 +54,7 @@ def reestimate_batch_norm_(
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
+    before = [copy.deepcopy(dict(norm.named_buffers(recurse=False))) for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -67,6 +69,9 @@ def reestimate_batch_norm_(
             call(model, to_device(inputs, device))
             if seen >= examples:
                 break
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, kept in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
         norm.eval()
+        if norm.num_batches_tracked == 0:  # it did not run: of a head for training, say
+            for name, buffer in kept.items():
+                norm.get_buffer(name).copy_(buffer)

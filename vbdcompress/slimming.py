@@ -212,8 +212,8 @@ def _count_gone(model: nn.Module, threshold: float) -> int:
     if threshold == KEEP_ALL:
         return 0
     posteriors = find_posteriors(model)
-    kept = (log_alpha_of(p.theta.double(), p.log_sigma2.double()) < threshold for p in posteriors)
-    return sum(int((~each).sum()) for each in kept)
+    log_alphas = (log_alpha_of(as_double(p.theta), as_double(p.log_sigma2)) for p in posteriors)
+    return sum(int((each >= threshold).sum()) for each in log_alphas)
 
 
 def measure_curve(

@@ -112,13 +112,13 @@ class EpochRunner:
         steps = _count_steps(self.batches)
         count, seen, started = 0, 0, time.perf_counter()
         for inputs, target, examples in self.shares():
-            sums += self.step(inputs, target, beta)
+            sums += examples * self.step(inputs, target, beta)
             count, seen = count + 1, seen + examples * fabric.world_size
             if self.listener is not None:
                 self.listener.on_step(epoch + 1, count, steps, examples * fabric.world_size)
         if count == 0:
             raise FitError(f"fit: epoch {epoch + 1}", "the loader gave no batch.")
-        mean = sums / count
+        mean = sums * fabric.world_size / seen  # of this process's examples; the last batch may be smaller
         if fabric.world_size > 1:
             mean = fabric.all_reduce(mean, reduce_op="mean")  # type: ignore[assignment]
         nll, kl = mean.tolist()

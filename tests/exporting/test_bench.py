@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from vbdcompress.cli.bench import command
 from vbdcompress.errors import ConfigError, ExportError
+from vbdcompress.exporting import latency, peak_memory
 from vbdcompress.exporting.bench import bench
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage
@@ -178,3 +180,18 @@ def test_bench_shows_macs_as_unknown_or_none(files: tuple[Path, Path], tmp_path:
         assert shown.exit_code == 0, shown.output
         assert "B: MACs unknown, for these are not counted: FusedMatMul" in shown.output
         assert "C: MACs unknown" not in shown.output
+
+
+def test_memory_is_not_known_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak_memory, "STATUS", Path("nowhere"))
+    assert peak_memory._resident("VmHWM") > 0
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_memory._resident("VmHWM") is None
+
+
+def test_calls_that_take_long_are_made_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(latency, "MOST_SECONDS", 0.0)
+    timings = latency.time_in_turn([lambda: done.append("a"), lambda: done.append("b")], seconds=5.0)
+    assert [timing.calls for timing in timings] == [3, 3]
+    assert done == ["a", "b"] * 4

@@ -116,8 +116,9 @@ def _table_of_sizes(names: list[str], rows: "tuple[BenchRow, ...]") -> "Table":
 
     table = _empty_table("", "file", "bytes", "MACs", "load", "memory")
     for name, row in zip(names, rows, strict=True):
-        figures = (format_bytes(row.bytes), format_count(row.macs), format_ms(row.load_ms))
-        table.add_row(name, Text(row.file), *figures, format_bytes(row.peak_bytes))
+        memory = "-" if row.peak_bytes is None else format_bytes(row.peak_bytes)
+        figures = (format_bytes(row.bytes), format_count(row.macs), format_ms(row.load_ms), memory)
+        table.add_row(name, Text(row.file), *figures)
     return table
 
 

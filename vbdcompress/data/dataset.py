@@ -267,8 +267,12 @@ def _measure(raw: RawImages) -> InputSpec:
     mean = mean_of(lambda pixels: pixels)
     std = mean_of(lambda pixels: (pixels - mean[:, None]).square()).sqrt()
     # a channel that is the same everywhere is only shifted
-    rounded = [tuple(round(value, 4) for value in values.tolist()) for values in (mean, std)]
-    return InputSpec(shape, rounded[0], tuple(value or 1.0 for value in rounded[1]))
+    return InputSpec(shape, _rounded(mean), tuple(value or 1.0 for value in _rounded(std)))
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    """To four decimals, or four digits where that is more: deviations may be small."""
+    return tuple(round(value, 4) if abs(value) >= 0.1 else float(f"{value:.4g}") for value in values.tolist())
 
 
 def _normalise(raw: RawImages, spec: InputSpec) -> Examples:

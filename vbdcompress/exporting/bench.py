@@ -44,7 +44,8 @@ class BenchRow:
         macs: multiply-accumulates of one example; None where it has products that are not counted.
         uncounted: the operators of these.
         load_ms: median time to make a session.
-        peak_bytes: memory that a fresh process needs more to load it and run the largest of its batches.
+        peak_bytes: memory that a fresh process needs more to load it and run the largest of its batches; None
+            where the system does not say.
         timings: latency, in the order in which it was measured.
     """
 
@@ -53,7 +54,7 @@ class BenchRow:
     macs: int | None
     uncounted: tuple[str, ...]
     load_ms: float
-    peak_bytes: int
+    peak_bytes: int | None
     timings: tuple[BenchTiming, ...]
 
 
@@ -154,7 +155,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(inner)
 
 
-def _peak_bytes(path: Path, feeds: Feeds) -> int:
+def _peak_bytes(path: Path, feeds: Feeds) -> int | None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
         np.savez(inputs, **feeds)  # type: ignore[arg-type]
@@ -162,4 +163,4 @@ def _peak_bytes(path: Path, feeds: Feeds) -> int:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise ExportError(f"file '{path}'", f"fails in a process of its own: {ended.stderr.strip()[-200:]}")
-    return int(ended.stdout)
+    return int(ended.stdout) if ended.stdout else None

@@ -13,6 +13,8 @@ from vbdcompress.records import Latency
 
 SECONDS_A_BATCH_SIZE = 2.0
 MIN_CALLS, MAX_CALLS = 20, 500
+# Large networks: fewer calls of each where even MIN_CALLS take longer
+MOST_SECONDS, FEWEST_CALLS = 30.0, 3
 BATCH_SIZES = 1, 64
 
 
@@ -32,20 +34,27 @@ def time_in_turn(
 
     Args:
         calls: what is timed.
-        seconds: for all together; each is made between MIN_CALLS and MAX_CALLS times.
+        seconds: for all together; each is made between MIN_CALLS and MAX_CALLS times, or FEWEST_CALLS and
+            more where these take MOST_SECONDS.
     """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    end = time.perf_counter() + seconds
-    while len(times[0]) < MIN_CALLS or (time.perf_counter() < end and len(times[0]) < MAX_CALLS):
+    start = time.perf_counter()
+    while _goes_on(len(times[0]), time.perf_counter() - start, seconds):
         for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
+            called = time.perf_counter()
             call()
-            taken.append(1000 * (time.perf_counter() - start))
+            taken.append(1000 * (time.perf_counter() - called))
     return tuple(
         Timing(statistics.median(taken), statistics.quantiles(taken, n=20)[-1], len(taken)) for taken in times
     )
+
+
+def _goes_on(done: int, passed: float, seconds: float) -> bool:
+    if done < FEWEST_CALLS:
+        return True
+    return passed < (MOST_SECONDS if done < MIN_CALLS else seconds) and done < MAX_CALLS
 
 
 def measure_latency(original: tuple[Path, Inputs], slim: tuple[Path, Inputs]) -> tuple[Latency, ...]:
