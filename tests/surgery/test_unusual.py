@@ -220,3 +220,39 @@ def test_a_scripted_part_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.ReLU()))
     with pytest.raises(ConvertError, match=r"(?s)module '1' is TorchScript .*torch\.export"):
         convert(model, torch.randn(2, 4))
+
+
+class Positive(nn.Module):
+    """Takes logarithms of weights, which random ones have none of; perhaps weighs channels by their mean."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.pooled = nn.Linear(6, 8), nn.Linear(8, 3), pooled
+        self.spread = nn.Parameter(torch.rand(3, 3) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).relu()
+        if self.pooled:
+            hidden = hidden * hidden.detach().mean(1, keepdim=True).sigmoid()
+        output: Tensor = self.b(hidden) * self.spread.log().mean().exp()
+        return output
+
+
+def test_a_cut_is_seen_where_random_weights_give_no_numbers() -> None:
+    torch.manual_seed(0)
+    converted = convert(Positive(False).eval(), torch.randn(2, 6), mode="channels")
+    assert [group.readers[0].layer for group in converted.scan.removable] == ["b"]
+    with pytest.raises(ConvertError, match="cutting its channels changes the output"):
+        convert(Positive(True).eval(), torch.randn(2, 6), mode="channels")
+
+
+def test_nothing_is_proven_by_outputs_that_are_no_numbers() -> None:
+    class Alike(Positive):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (0.01 - self.a.weight.std()).log()
+
+    torch.manual_seed(0)
+    model = Alike(True).eval()
+    model.a.weight.data = 1.0 + 1e-3 * torch.randn(8, 6)
+    with pytest.raises(ConvertError, match="gives no numbers, and nothing shows what a cut does"):
+        convert(model, torch.randn(2, 6), mode="channels")

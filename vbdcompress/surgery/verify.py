@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 from vbdcompress.compare import (
     EXACT,
     as_double,
-    double_copy,
     flatten_output,
     forget_graph_,
     in_double,
@@ -35,6 +34,7 @@ from vbdcompress.surgery.influence import heed_influences, why_not_training
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take
 from vbdcompress.surgery.slice import apply_plan_
+from vbdcompress.surgery.trial import trial_copy
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
 from vbdcompress.surgery.weights import Index, Reader, input_dim, scale_inputs_
 
@@ -45,10 +45,10 @@ _WRITTEN_SIZE = "a size is written in its code; in what torch.export makes of th
 def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, seed: int = 0) -> GroupScan:
     """The network's channel groups, each either proven exact or left whole with the reason.
 
-    The proof: on a float64 copy with random weights, some channels of every group are masked and the
-    others scaled, at the inputs of their readers; then that is done to the weights and the masked ones are
-    cut, and both must give the same output. Where they do not, halving finds the groups at fault: three
-    trials where all is well, however deep the network. What is at fault is tried once more in parts, see
+    The proof: on a float64 copy with other weights (`trial_copy`), some channels of every group are masked
+    and the others scaled, at the inputs of their readers; then that is done to the weights and the masked
+    ones are cut, and both must give the same output. Where they do not, halving finds the groups at fault:
+    three trials where all is well, however deep the network. What is at fault is tried once more in parts, see
     `partition`.
 
     Args:
@@ -58,7 +58,8 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
         seed: of the trial's weights and masks.
     """
     with in_double():
-        return _find_groups(_random_copy(model, seed), map_tensors(example, as_double), model, features, seed)
+        inputs = map_tensors(example, as_double)
+        return _find_groups(trial_copy(model, inputs, seed), inputs, model, features, seed)
 
 
 def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: bool, seed: int) -> GroupScan:
@@ -137,22 +138,6 @@ def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
                 reason = f"'{held.layer}' is a parameter under more than one name"
         groups.append(group.whole(reason) if reason and group.whole_because is None else group)
     return replace(scan, groups=tuple(groups))
-
-
-def _random_copy(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights and statistics, so that no zero or freshly initialised layer hides a difference."""
-    trial = double_copy(model)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trial.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-            parameter.data = noise / fan_in**0.5 if parameter.dim() > 1 else 1 + 0.3 * noise
-    for name, buffer in trial.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
-    return trial
 
 
 def _random_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]:
@@ -244,6 +229,8 @@ def _try_groups(
         return f"the network can't run without some of its channels: {type(error).__name__}: {error}" + (
             f" ({_WRITTEN_SIZE})" if fixed else ""
         )
+    if any(tensor.numel() and not tensor.isfinite().any() for tensor in expected):
+        return "with weights unlike its own the network gives no numbers, and nothing shows what a cut does"
     difference = relative_difference(expected, found)
     if difference > EXACT:
         return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"

@@ -1,0 +1,65 @@
+"""The copy of a network on which groups are traced and cuts are tried: float64, with other weights."""
+
+import torch
+from torch import nn
+
+from vbdcompress.compare import as_real, double_copy, flatten_output
+from vbdcompress.inputs import Inputs, call
+from vbdcompress.surgery.groups import TRACE_ERRORS
+
+# Standard deviation of noise on vectors about 1, and of factors on a network's own weights
+SPREAD = 0.3
+
+
+def trial_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
+    """Random weights and statistics, so that no zero or freshly initialised layer hides a difference.
+
+    Near the network's own where random ones give no numbers: it may take the logarithm of a weight.
+
+    Args:
+        model: plain; left as it was.
+        inputs: float64.
+        seed: of the weights.
+    """
+    trial = _random_copy(model, seed)
+    lost = _count_lost(trial, inputs)
+    return _near_copy(model, seed) if lost and lost > _count_lost(double_copy(model), inputs) else trial
+
+
+@torch.no_grad()
+def _count_lost(model: nn.Module, inputs: Inputs) -> int:
+    """Outputs that are NaN or infinite; 0 where it does not run, which is told of where groups are tried."""
+    try:
+        outputs = flatten_output(call(model, inputs))
+    except TRACE_ERRORS:
+        return 0
+    return sum(int((~as_real(output).isfinite()).sum()) for output in outputs)
+
+
+def _random_copy(model: nn.Module, seed: int) -> nn.Module:
+    trial = double_copy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trial.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.data = noise / fan_in**0.5 if parameter.dim() > 1 else 1 + SPREAD * noise
+    for name, buffer in trial.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
+    return trial
+
+
+def _near_copy(model: nn.Module, seed: int) -> nn.Module:
+    """Each weight times a factor near 1; a zero becomes as large as the others are."""
+    trial = double_copy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trial.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            usual = parameter.detach().square().mean().sqrt() or 1.0
+            near = parameter.detach() * (1 + SPREAD * noise)
+            parameter.data = torch.where(parameter.detach() == 0, SPREAD * usual * noise.abs(), near)
+    return trial
