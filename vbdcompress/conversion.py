@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from vbdcompress.compare import as_double, double_copy, in_double
 from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import with_gradients
@@ -18,6 +20,7 @@ from vbdcompress.originals import check_model, copy_of, open_where_alike, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
+from vbdcompress.surgery.liveness import other_sizes
 from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
 from vbdcompress.surgery.verify import find_groups
 from vbdcompress.surgery.walk import check_skip, matches_skip, shared_parameters
@@ -50,6 +53,12 @@ class Converted:
     scan: GroupScan
     example: Inputs
     stored: tuple[str, ...] = ()
+
+    @cached_property
+    def other_sizes(self) -> list[Inputs]:
+        """The example in other sizes that the network takes, float64: see `liveness.other_sizes`."""
+        with in_double():
+            return other_sizes(double_copy(self.model), map_tensors(self.example, as_double))
 
     def undo(self) -> nn.Module:
         """A plain network again, a copy: the original where nothing was trained since.

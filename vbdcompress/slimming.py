@@ -1,6 +1,7 @@
 """slim: choose how much goes, and cut it out of the network."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from vbdcompress.errors import ConfigError, SlimError
 from vbdcompress.inputs import Inputs, call, holds_data, map_tensors
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
-from vbdcompress.surgery.liveness import other_sizes, plan_removal_
+from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
 from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, log_alpha_of, set_threshold_
 
@@ -33,6 +34,8 @@ CURVE_THRESHOLDS = tuple(step / 2 for step in range(-8, 13))
 # noise does not travel on to 3. On every network of the zoo the validation error is flat from 3 down to 0, in
 # both modes (the curves in exports/*/report.json), and rises soon below.
 DEFAULT_THRESHOLD = 0.0
+# What torch calls a parameter behind a parametrization
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
 
 
 def or_default(threshold: float | None) -> float:
@@ -79,8 +82,11 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
         told = f"threshold = {chosen:g}, round_to = {round_to}"
         raise ConfigError("slim", f"{told}; allowed are a number, and 1 or more.")
     forget_graph_(converted.model)  # of a loop of the user's own
-    # Copies come late and go early: the largest networks leave room for few
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(converted.plain(chosen))}
+    dtypes = {
+        plain: tensor.dtype
+        for name, tensor in _tensors(converted.model)
+        for plain in (name, _PARAMETRIZED.sub(r"\1", name))
+    }
     gated = double_copy(converted.model)
     set_threshold_(gated, chosen, round_to)
     with in_double():
@@ -103,7 +109,7 @@ def _cut(
     defect = "This is a defect: please report it. Until then: --skip the layers at fault."
     try:
         probes, expected = _probes_for(gated, converted.example)
-        others = other_sizes(gated, probes[0])
+        others = converted.other_sizes
         for fold in (True, False):
             model = replace(converted, model=gated).plain(chosen, round_to)
             plan = plan_removal_(

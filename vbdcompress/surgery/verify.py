@@ -48,8 +48,8 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
     The proof: on a float64 copy with other weights (`trial_copy`), some channels of every group are masked
     and the others scaled, at the inputs of their readers; then that is done to the weights and the masked
     ones are cut, and both must give the same output. Where they do not, halving finds the groups at fault:
-    three trials where all is well, however deep the network. What is at fault is tried once more in parts, see
-    `partition`.
+    three trials where all is well, however deep the network. What is at fault is tried once more in parts,
+    see `partition`.
 
     Args:
         model: plain; left as it was.
