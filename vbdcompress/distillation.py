@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from vbdcompress.compilation import compile_
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
+from vbdcompress.data.batches import examples_at_once
 from vbdcompress.evaluation import Loss, one_head
 from vbdcompress.inputs import Inputs, in_eval_mode
 from vbdcompress.layout import lay_out_fast_
 from vbdcompress.opening import open_layers_
-
-AT_ONCE = 1000
 
 
 class DistillationLoss(nn.Module):
@@ -54,7 +53,7 @@ class DistillationLoss(nn.Module):
 def outputs_of(teacher: nn.Module, inputs: Tensor) -> Tensor:
     """The teacher's outputs for a whole set in memory, [n, classes, ...]."""
     with in_eval_mode(teacher):
-        return torch.cat([teacher(part) for part in torch.split(inputs, AT_ONCE)])
+        return torch.cat([teacher(part) for part in torch.split(inputs, examples_at_once(inputs))])
 
 
 def teach(

@@ -5,17 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import DataError
 from vbdcompress.evaluation import ROUNDING, Loss, Metric, device_of, to_device, top1_error
-from vbdcompress.inputs import Inputs, call, in_eval_mode, shapes_of
+from vbdcompress.inputs import Inputs, batch_size, call, first, in_eval_mode, shapes_of
 from vbdcompress.sources import Sources, describe_batch, first_batch
 
 # Of a sum of probabilities, in float32 or coarser
 PROBABILITY = 1e-3
 # The label that cross entropy passes over
 IGNORED = -100
+TRIED = 32
 # What users' own raise on targets that they were not made for
 JUDGE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
@@ -82,23 +84,31 @@ def _try_on(
 ) -> None:
     """Judge the first batch of a part; `check` raises ValueError on what may not come of it."""
     inputs, target = first_batch(batches, f"the {part} loader")
-    inputs, target = to_device((inputs, target), device_of(model))
+    given, wanted = to_device(_some_of(inputs, target), device_of(model))
     kind = getattr(judge, "__name__", type(judge).__name__)
     advice = "Pass your own: compress(..., loss=, metric=); a metric gives each example's error, 0 to 1."
     with in_eval_mode(model), torch.no_grad():
         try:
-            output = call(model, inputs)
+            output = call(model, given)
         except JUDGE_ERRORS as error:
             shapes = ", ".join(str(shape) for shape in shapes_of(inputs))
             raise DataError(
                 f"the {part} loader", f"yields inputs of {shapes}, on which the network fails: {error}"
             ) from error
         try:
-            check(output, target, judge(output, target))
+            check(output, wanted, judge(output, wanted))
         except JUDGE_ERRORS as error:
             raise DataError(
                 f"the {part} loader", f"yields targets of {_describe_target(target)}; {kind}: {error}", advice
             ) from error
+
+
+def _some_of(inputs: Inputs, target: Any) -> tuple[Inputs, Any]:
+    """TRIED examples of a batch: the network is on the CPU yet, where a whole one may take minutes."""
+    size, parts = batch_size(inputs), tree_leaves(target)
+    if size <= TRIED or not all(isinstance(part, Tensor) and part.shape[:1] == (size,) for part in parts):
+        return inputs, target
+    return first(inputs, TRIED), first(target, TRIED)
 
 
 def _describe_target(target: Any) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from vbdcompress.data import TensorBatches
-from vbdcompress.data.batches import CROP_PADDING
+from vbdcompress.data.batches import CROP_PADDING, examples_at_once
 
 
 def number(count: int) -> tuple[Tensor, Tensor]:
@@ -195,3 +195,9 @@ def test_mirrored_images_have_no_list_of_views() -> None:
     images = torch.rand(4, 1, 4, 4)
     assert TensorBatches(images, torch.arange(4), 2, augment="crop-flip").views is None
     assert TensorBatches(images, torch.arange(4), 2).views == 1
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1, 28, 28), 1000), ((3, 32, 32), 1000), ((3, 224, 224), 83)])
+def test_fewer_large_images_are_measured_in_one_call(shape: tuple[int, ...], count: int) -> None:
+    assert examples_at_once(torch.empty(5000, *shape, device="meta")) == count
+    assert examples_at_once(torch.empty(2, 3, 4000, 4000, device="meta")) == 1

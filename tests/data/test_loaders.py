@@ -265,3 +265,24 @@ def test_kept_generators_puts_a_loaders_own_back() -> None:
         assert list(loader)
     assert torch.equal(own.get_state(), before)
     assert torch.equal(torch.get_rng_state(), usual)
+
+
+class Counted(TensorDataset):
+    """Notes how many examples were read."""
+
+    read = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        self.read += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+@pytest.mark.parametrize(
+    "order", [{"batch_size": 4}, {"batch_sampler": BatchSampler(RandomSampler(SET), 4, drop_last=False)}]
+)
+def test_examples_are_counted_without_reading_them(order: Any, unpacked: bool) -> None:
+    data = Counted(*SET.tensors)
+    loader = DataLoader(data, **order)
+    assert count_examples(Unpacked(loader, tuple) if unpacked else loader) == 20
+    assert data.read == (4 if unpacked else 0)

@@ -37,7 +37,11 @@ _SEEN = (
     metavar="PATH",
     help="Folder or .npz of data of your own to measure on: the validation split then.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Examples in one call; without it 1000, fewer where images are large.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @model_options
 @data_options
@@ -45,7 +49,7 @@ def command(
     file: Path,
     split: str,
     validation: str | None,
-    batch_size: int,
+    batch_size: int | None,
     as_json: bool,
     arch: str | None,
     arch_args: tuple[str, ...],

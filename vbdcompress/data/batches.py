@@ -15,6 +15,14 @@ from torch import Tensor
 Augment = Literal["none", "crop", "crop-flip"]
 CROP_PADDING = 4
 DIGESTED = 500
+# Examples that are measured in one call, and numbers in them: 83 images of 224 pixels, whose outputs inside a
+# large network take a few gigabytes
+AT_ONCE, NUMBERS_AT_ONCE = 1000, 12 * 2**20
+
+
+def examples_at_once(inputs: Tensor) -> int:
+    """How many of such inputs, [n, ...], to measure in one call."""
+    return max(1, min(AT_ONCE, NUMBERS_AT_ONCE // max(1, inputs[:1].numel())))
 
 
 @dataclass(eq=False)

@@ -9,14 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vbdcompress.data.batches import CROP_PADDING, Augment, TensorBatches
+from vbdcompress.data.batches import AT_ONCE, CROP_PADDING, Augment, TensorBatches, examples_at_once
 from vbdcompress.data.raw import RawImages, RawSet
 from vbdcompress.data.sources import NAMED_SETS, is_folder, read_source
 from vbdcompress.data.split import split_places
 from vbdcompress.errors import ConfigError, DataError
 from vbdcompress.records import InputSpec
 
-MEASURED_AT_ONCE = 1000
 # Further off in mean, counted in deviations, or in their deviation, images are of another scale
 STRANGE_MEAN, STRANGE_STD = 4.0, (0.1, 3.0)
 # By name: what other sets, of paths too, hold is not known to stay in its class
@@ -88,13 +87,17 @@ class DataSet:
             seed=seed,
         )
 
-    def validation_batches(self, batch_size: int = 1000) -> TensorBatches:
-        """The validation examples in order."""
-        return TensorBatches(self.validation.inputs, self.validation.labels, batch_size)
+    def validation_batches(self, batch_size: int | None = None) -> TensorBatches:
+        """The validation examples in order; in batches of `examples_at_once` where nobody says more."""
+        return _in_order(self.validation, batch_size)
 
-    def test_batches(self, batch_size: int = 1000) -> TensorBatches | None:
-        """The test examples in order; None where there are none."""
-        return None if self.test is None else TensorBatches(self.test.inputs, self.test.labels, batch_size)
+    def test_batches(self, batch_size: int | None = None) -> TensorBatches | None:
+        """The test examples likewise; None where there are none."""
+        return None if self.test is None else _in_order(self.test, batch_size)
+
+
+def _in_order(examples: Examples, batch_size: int | None) -> TensorBatches:
+    return TensorBatches(examples.inputs, examples.labels, batch_size or examples_at_once(examples.inputs))
 
 
 def load_data(
@@ -212,7 +215,7 @@ def _notes(part: str, raw: RawImages, told: InputSpec) -> tuple[str, ...]:
     """A warning where a part's images are of another scale than those that the network was trained on."""
     if any(std < DEVIATIONS[0] or DEVIATIONS[1] < std <= LARGEST_SCALE for std in told.std):
         return ()  # a scale (1 for pixels as they are, 1/255 for bytes), not how far the images vary
-    some = raw.images[:: max(1, len(raw.images) // MEASURED_AT_ONCE)]
+    some = raw.images[:: max(1, len(raw.images) // AT_ONCE)]
     found = _measure(replace(raw, images=some))
     strange = any(
         abs(mean - usual) > STRANGE_MEAN * width or not STRANGE_STD[0] * width < std < STRANGE_STD[1] * width
@@ -260,7 +263,7 @@ def _measure(raw: RawImages) -> InputSpec:
         # in parts: all pixels in float64 at once are eight times the images
         parts = [
             values(images.transpose(0, 1).flatten(1).double() / raw.scale).sum(1)
-            for images in torch.split(raw.images, MEASURED_AT_ONCE)
+            for images in torch.split(raw.images, examples_at_once(raw.images))
         ]
         return torch.stack(parts).sum(0) / count
 

@@ -159,23 +159,47 @@ def check_repeatable(loader: Iterable[Any] | None) -> None:
 
 
 def count_examples(loader: Iterable[Any]) -> int:
-    """Examples in one epoch of a loader, of all processes: from its sampler, or by one pass.
+    """Examples in one epoch of a loader, of all processes: from its samplers, or by one pass.
+
+    An `unpack` that gives as many examples as the loader in the first batch does so in all.
 
     Raises:
         DataError: the loader is empty, or an iterator, which to count would use up.
     """
     check_repeatable(loader)
+    given = loader.loader if isinstance(loader, Unpacked) else loader
+    known = _count_drawn(given) if isinstance(given, DataLoader) else None
     if isinstance(loader, TensorBatches):
         count = loader.num_examples
-    elif isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size:
-        count = len(loader.sampler)
+    elif known is not None and (given is loader or _keeps_size(loader, known[1])):
+        count = known[0]
     else:
         count = sum(batch_size(batch[0]) for batch in loader)
     if count == 0:
         raise DataError("loader", "is empty: it yields no batch.")
-    given = loader.loader if isinstance(loader, Unpacked) else loader
     sharing = shared_by(given) if isinstance(given, DataLoader) else None
     return count if sharing is None else count * sharing.num_replicas
+
+
+def _count_drawn(loader: DataLoader[Any]) -> tuple[int, int] | None:
+    """Examples that its samplers draw, in all and for the first batch.
+
+    None where they do not say, or its class makes its batches itself.
+    """
+    if isinstance(loader.dataset, IterableDataset) or _iterates_itself(loader):
+        return None
+    if loader.batch_size is not None:
+        count = len(loader.sampler) if isinstance(loader.sampler, Sized) else None
+        return None if count is None else (count, min(count, loader.batch_size))
+    drawn = list(loader.batch_sampler or ())
+    sizes = [len(each) for each in drawn if isinstance(each, Sized)]
+    return (sum(sizes), sizes[0]) if sizes and len(sizes) == len(drawn) else None
+
+
+def _keeps_size(loader: Iterable[Any], size: int) -> bool:
+    """Whether the first batch holds so many examples."""
+    batch = next(iter(loader), None)
+    return batch is not None and batch_size(batch[0]) == size
 
 
 def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
