@@ -17,22 +17,20 @@ from vbdcompress.exporting.packing import Storage, estimate_bytes
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, first
 from vbdcompress.precision import first_codes
-from vbdcompress.records import CurvePoint, Selection, Size
+from vbdcompress.records import TIE, CurvePoint, Selection, Size
 from vbdcompress.rounding import Rounded, roundable, write_rounded_
 from vbdcompress.slimming import Slim, posterior_sigma, slim
 from vbdcompress.sources import Sources
-from vbdcompress.vbd.posterior import find_posteriors
+from vbdcompress.thresholds import Thresholds
 
-# Networks that are tried next to a limit, each time that more is known of what files weigh
-REFINEMENTS = 6
-# Files after which that is known well
-WELL_KNOWN = 4
+# Of a limit: a network so large need not grow
+FILLED = 0.95
+# Files after which their weight is known well, and the most that are written
+WELL_KNOWN, MOST_FILES = 4, 16
 # Fine-tuning moves weights between codes, and so a file's bytes
 MOVED = 1.01
 # Of the largest weight along the first dimension: what 8 bits don't round to 0
 SMALLEST = 0.01
-# Above the largest threshold of the curve, where the network is still whole
-STEP_TO_WHOLE = 4.0
 
 
 class FileSize:
@@ -130,14 +128,19 @@ def choose(
     """
     curve, written = list(candidates.curve), dict[float, int]()
     while True:
-        if len(written) < WELL_KNOWN:
-            curve = refine(candidates, curve, budget, written)
         points = _corrected(curve, written)
-        if "bytes" in budget.limits and not written and not any(_fits(one.size, budget) for one in points):
-            written[points[-1].threshold] = _write(candidates, candidates.cut(points[-1].threshold))
+        if len(written) < WELL_KNOWN or not _is_filled(points, budget):
+            curve = refine(candidates, curve, budget, written)
+            points = _corrected(curve, written)
+        last = points[-1].threshold
+        if "bytes" in budget.limits and not _any_fits(points, budget) and last not in written:
+            written[last] = _write(candidates, candidates.cut(last))
             continue
+        if budget.max_error_increase is not None:
+            curve = refine_error(candidates, curve, budget, written, baseline_error)
+            points = _corrected(curve, written)
         selection = select_threshold(points, budget, candidates.converted.mode, baseline_error)
-        if "bytes" not in budget.limits or selection.threshold in written:
+        if "bytes" not in budget.limits or selection.threshold in written or len(written) >= MOST_FILES:
             return tuple(points), selection
         written[selection.threshold] = _write(candidates, candidates.cut(selection.threshold))
 
@@ -158,28 +161,58 @@ def refine(
         return refined
     known = min(place, len(points) - 1)
     ratio = points[known].size.bytes / max(1, refined[known].size.bytes)
-    low = points[place].threshold if place < len(points) else _smallest_log_alpha(candidates.converted)
-    high = points[place - 1].threshold
-    high = high if math.isfinite(high) else low + STEP_TO_WHOLE
-    if low >= high:
-        return refined
-    for _ in range(REFINEMENTS):
-        middle = (low + high) / 2
+    low = points[place].threshold if place < len(points) else -math.inf
+    between = Thresholds(candidates.converted, low, points[place - 1].threshold)
+    middle = between.middle() if place < len(points) else between.smallest()
+    while middle is not None:
         model = candidates.cut(middle).model
         size = candidates.files.measure(model)
-        if all(size != point.size for point in refined):
-            candidates.prepare(model)
-            refined.append(CurvePoint(middle, candidates.error(model), size))
+        _add(refined, candidates, middle, model, size)
         if _fits(_times(size, ratio), budget):
-            low = middle
+            between.raise_to(middle)
+            if _fills(_times(size, ratio), budget):
+                break
         else:
-            high = middle
+            between.lower_to(middle)
+        middle = between.middle()
     return sorted(refined, key=lambda point: -point.threshold)
 
 
-def _smallest_log_alpha(converted: Converted) -> float:
-    """Where a threshold takes all that has a posterior."""
-    return min(float(each.log_alpha().detach().min()) for each in find_posteriors(converted.model))
+def refine_error(
+    candidates: Candidates,
+    curve: Sequence[CurvePoint],
+    budget: Budget,
+    written: Mapping[float, int],
+    baseline_error: float,
+) -> list[CurvePoint]:
+    """The curve with more points between the smallest network that keeps the error budget and the next."""
+    refined, points = list(curve), _corrected(curve, written)
+    assert budget.max_error_increase is not None
+    allowed = baseline_error + budget.max_error_increase + TIE
+    kept = [number for number, point in enumerate(points) if point.error <= allowed]
+    if not kept or kept[-1] + 1 == len(points):
+        return refined
+    between = Thresholds(candidates.converted, points[kept[-1] + 1].threshold, points[kept[-1]].threshold)
+    while (middle := between.middle()) is not None:
+        model = candidates.cut(middle).model
+        point = _add(refined, candidates, middle, model, candidates.files.measure(model))
+        if point.error <= allowed:
+            between.lower_to(middle)
+        else:
+            between.raise_to(middle)
+    return sorted(refined, key=lambda point: -point.threshold)
+
+
+def _add(
+    curve: list[CurvePoint], candidates: Candidates, threshold: float, model: nn.Module, size: Size
+) -> CurvePoint:
+    """The point of a cut network, measured and added to the curve where its size is new there."""
+    found = next((point for point in curve if point.size == size), None)
+    if found is None:
+        candidates.prepare(model)
+        found = CurvePoint(threshold, candidates.error(model), size)
+        curve.append(found)
+    return found
 
 
 def _write(candidates: Candidates, slimmed: Slim) -> int:
@@ -218,3 +251,17 @@ def _times(size: Size, ratio: float) -> Size:
 
 def _fits(size: Size, budget: Budget) -> bool:
     return all(getattr(size, key) <= bound for key, bound in budget.limits.items())
+
+
+def _fills(size: Size, budget: Budget) -> bool:
+    """Whether it comes near a limit."""
+    return any(getattr(size, key) >= FILLED * bound for key, bound in budget.limits.items())
+
+
+def _is_filled(points: Sequence[CurvePoint], budget: Budget) -> bool:
+    """Whether a network fits and comes near a limit, so that no other need be looked for."""
+    return any(_fits(point.size, budget) and _fills(point.size, budget) for point in points)
+
+
+def _any_fits(points: Sequence[CurvePoint], budget: Budget) -> bool:
+    return any(_fits(point.size, budget) for point in points)
