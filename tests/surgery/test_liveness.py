@@ -147,3 +147,29 @@ def test_plan_removal_of_a_network_that_is_all_zero_ends_and_keeps_one_channel()
     expected, found, _, slim = cut(model, batch)
     assert slim.conv1.out_channels == slim.conv2.out_channels == 1
     assert torch.equal(expected, found)
+
+
+class Branched(nn.Module):
+    """Two branches side by side, one of three layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 6, 3, padding=1)
+        self.b = nn.Sequential(
+            *(nn.Conv2d(2, 9, 3, padding=1), nn.ReLU(), nn.Conv2d(9, 8, 3, padding=1), nn.ReLU()),
+            nn.Conv2d(8, 5, 3, padding=1),
+        )
+        self.head = nn.Linear(11, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.a(x), self.b(x)], 1).relu().mean((2, 3)))
+
+
+def test_a_branch_that_nothing_reads_goes_with_all_of_its_layers():
+    torch.manual_seed(0)
+    model = Branched().double().eval()
+    model.head.weight.data[:, 6:] = 0
+    expected, found, _, slim = cut(model, torch.randn(4, 2, 8, 8, dtype=torch.float64))
+    assert [slim.b[place].out_channels for place in (0, 2, 4)] == [1, 1, 1]
+    assert slim.a.out_channels == 6
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -233,7 +233,7 @@ class Positive(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.a(x).relu()
         if self.pooled:
-            hidden = hidden * hidden.detach().mean(1, keepdim=True).sigmoid()
+            hidden = hidden * hidden.data.mean(1, keepdim=True).sigmoid()  # which no derivative shows
         output: Tensor = self.b(hidden) * self.spread.log().mean().exp()
         return output
 
@@ -256,3 +256,44 @@ def test_nothing_is_proven_by_outputs_that_are_no_numbers() -> None:
     model.a.weight.data = 1.0 + 1e-3 * torch.randn(8, 6)
     with pytest.raises(ConvertError, match="gives no numbers, and nothing shows what a cut does"):
         convert(model, torch.randn(2, 6), mode="channels")
+
+
+class Statistics(nn.Module):
+    """Pools means and deviations of what a norm over each channel and a clipping activation left."""
+
+    def __init__(self, norm: nn.Module, clip: nn.Module) -> None:
+        super().__init__()
+        self.a, self.c, self.norm, self.clip = nn.Conv1d(3, 6, 3), nn.Conv1d(6, 6, 3), norm, clip
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.clip(self.norm(self.a(x)))
+        hidden = self.clip(self.norm(self.c(hidden)) + hidden[..., 2:])
+        logits: Tensor = self.head(torch.cat([hidden.mean(2), hidden.std(2)], 1))
+        return logits
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm1d(6, affine=True), nn.GroupNorm(6, 6)])
+@pytest.mark.parametrize("clip", [nn.ReLU(), nn.ReLU(inplace=True), nn.Hardswish()])
+def test_channels_are_followed_through_norms_of_their_own_and_clipping(
+    norm: nn.Module, clip: nn.Module
+) -> None:
+    converted = convert(Statistics(norm, clip), torch.randn(2, 3, 20), mode="channels")
+    (group,) = converted.scan.removable
+    assert sorted(member.layer for member in group.writers) == ["a", "c"]
+    assert [member.layer for member in group.readers] == ["c", "head"]
+
+
+def test_channels_are_followed_past_where_gradients_stop() -> None:
+    class Probed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head, self.probe = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.a(x).relu()
+            return self.head(hidden), self.probe(hidden.detach())
+
+    converted = convert(Probed(), torch.randn(2, 6), mode="channels")
+    (group,) = converted.scan.removable
+    assert [member.layer for member in group.readers] == ["head", "probe"]

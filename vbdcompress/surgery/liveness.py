@@ -46,6 +46,7 @@ class _Liveness:
     others: Sequence[Inputs]
     removed: dict[str, set[int]] = field(default_factory=dict)
     new_biases: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)  # groups whose last channel, which stays, nothing reads
 
 
 @torch.no_grad()
@@ -124,7 +125,11 @@ def _remove_unread(state: _Liveness) -> bool:
         gone = state.removed[group.name]
         new = [int(channel) for channel in dead if int(channel) not in gone]
         if len(gone) + len(new) == group.size:
-            new = new[1:]  # the last channel stays
+            last, new = new[:1], new[1:]  # the last channel stays, but what only it reads may go
+            if last and group.name not in state.unread:
+                state.unread.add(group.name)
+                _silence(state.model, group, np.array(last))
+                changed = True
         if new:
             gone.update(new)
             _silence(state.model, group, np.array(new))

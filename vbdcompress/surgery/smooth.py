@@ -20,16 +20,25 @@ _CLIPPING_ = {
 }
 
 
+# They let no derivative through, and what they give is what they are given
+_STOPPING = {torch.detach, torch.Tensor.detach, torch.Tensor.detach_}
+
+
 class Smooth(TorchFunctionMode):
-    """Activations that clip become a scaling, attention a sum: what depends on what stays the same."""
+    """Activations that clip become a bend, attention a sum: what depends on what stays the same.
+
+    A bend, not a scaling: behind a norm over each channel the mean of what is linear depends on nothing.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention and not (kwargs or {}).get("enable_gqa"):
             return _attend(*args, **(kwargs or {}))
         if func in _CLIPPING_ or (func in _CLIPPING and (kwargs or {}).get("inplace")):
-            return args[0].mul_(0.9)
+            return args[0].copy_(nn.functional.softplus(args[0].clone()))
         if func in _CLIPPING and args[0].is_floating_point():
-            return args[0] * 0.9
+            return nn.functional.softplus(args[0])
+        if func in _STOPPING:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
