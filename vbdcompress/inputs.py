@@ -30,8 +30,10 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 def names_of(inputs: Inputs, name: str) -> list[str]:
     """What an ONNX file calls them: a dict's own names, `name` for one, else `name` with a number."""
-    if isinstance(inputs, Mapping) and all(isinstance(item, Tensor) for item in inputs.values()):
-        return [str(key) for key in inputs]
+    if isinstance(inputs, Mapping) and all(
+        isinstance(item, Tensor) or not tensors_of(item) for item in inputs.values()
+    ):  # numbers beside them are part of the graph
+        return [str(key) for key, item in inputs.items() if isinstance(item, Tensor)]
     count = len(tensors_of(inputs))
     return [name] if count == 1 else [f"{name}_{number}" for number in range(count)]
 

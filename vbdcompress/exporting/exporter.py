@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from itertools import chain, count
+from itertools import count
 from typing import Any
 
 import onnx
@@ -16,6 +16,7 @@ from torch.nn.modules import transformer
 
 from vbdcompress.compare import flatten_output
 from vbdcompress.errors import ExportError
+from vbdcompress.exporting.outputs import names_of_outputs, open_output_sizes_
 from vbdcompress.inputs import (
     Inputs,
     call,
@@ -61,20 +62,20 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
     two = resize(samples, TRACED)
     tensors = tensors_of(two)
     names = names_of(samples, input_name)
-    free = (name for name in chain(["output"], map("output_{}".format, count(1))) if name not in names)
     # torch 2.8 insists on the bound; the file knows none
     batch = {0: torch.export.Dim("batch", min=2)}
     shapes: tuple[Any, ...] = tuple(batch | dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in sizes)
     try:
         with in_eval_mode(model), _quiet_exporter(), _without_a_look_at_masks():
             with torch.no_grad():
-                bare = isinstance(two, Tensor) and isinstance(call(model, two), Tensor)
+                output = call(model, two)
+            bare = isinstance(two, Tensor) and isinstance(output, Tensor)
             program: Any = torch.onnx.export(
                 model if bare else _OfTensors(model, samples),
                 tuple(tensors),
                 dynamo=True,
                 input_names=[f"given.{place}" for place in range(len(names))],
-                output_names=[next(free)],
+                output_names=names_of_outputs(output, names),
                 dynamic_shapes=shapes if bare else (shapes,),
                 external_data=False,
                 optimize=True,
@@ -84,6 +85,8 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
         _strip_metadata(proto)
         _name_inputs(proto, names)
         _name_sizes(proto)
+        with in_eval_mode(model):
+            open_output_sizes_(proto, model, [*shown, two, resize(samples, TRACED + 1)])
         # older runtimes refuse a newer number, whatever stands in the file
         proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
         onnx.checker.check_model(proto, full_check=True)

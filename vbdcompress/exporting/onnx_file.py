@@ -56,8 +56,8 @@ def export_onnx(
         path: of the file; replaced in one step, and only by a file that passed.
         samples: [n, ...] real inputs, normalised as in training: a tensor, a tuple or a dict of them.
         input_name: of the graph's input; several are numbered behind it, and a dict's have their
-            names. The first dimension is dynamic. The output is "output", or "output_1" (and so on) where
-            an input is called that.
+            names. The first dimension is dynamic. The output is "output", several are called by their keys or
+            fields, else "output_0" and so on; with a number behind it where an input is called that.
         others: more real inputs, of other shapes: the dimensions in which they differ from the samples are
             dynamic, too, and the file is compared on them as well.
         batch_sizes: to compare at.
