@@ -117,3 +117,26 @@ def test_elbo_switches_the_network_and_not_a_loss_that_is_one(make_network: Call
     assert elbo.model.training
     assert not loss.training
     assert not elbo.eval().model.training
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda output, target: F.cross_entropy(output, target).item(), "the loss gives a float"),
+        (lambda output, target: (F.cross_entropy(output, target), output), "the loss gives a tuple"),
+        (
+            lambda output, target: F.cross_entropy(output, target).detach(),
+            "no gradient comes through the loss",
+        ),
+    ],
+)
+def test_a_loss_that_teaches_nothing_is_refused(loss: Callable, told: str, make_network: Callable) -> None:
+    elbo = ELBO(make_network(), loss, 6).train()
+    with pytest.raises(FitError, match=told):
+        elbo(INPUT, TARGET, torch.tensor(1.0))
+
+
+def test_an_elbo_is_measured_without_gradients(make_network: Callable) -> None:
+    elbo = ELBO(make_network(), F.cross_entropy, 6).train()
+    with torch.no_grad():
+        assert elbo(INPUT, TARGET, torch.tensor(1.0)).nll > 0

@@ -38,7 +38,7 @@ class ELBO(nn.Module):
         prior: "vbd" or "vd".
     Raises:
         ConfigError: there is no such prior, no training example, or the model is no network.
-        FitError: at a call, where the loss is no single number.
+        FitError: at a call, where the loss is no single number, or in training has no gradient.
     """
 
     def __init__(
@@ -70,11 +70,18 @@ class ELBO(nn.Module):
 
     def forward(self, input: Any, target: Any, beta: Tensor) -> ELBOTerms:
         nll = self.loss(call(self.model, input), target)
-        if nll.numel() != 1:
+        if not isinstance(nll, Tensor) or nll.numel() != 1:
+            found = list(nll.shape) if isinstance(nll, Tensor) else f"a {type(nll).__name__}"
             raise FitError(
                 "ELBO",
-                f"the loss gives {list(nll.shape)}, allowed is the mean over the batch, one number.",
-                "nll.mean(), or reduction='mean'",
+                f"the loss gives {found}, allowed is the mean over the batch, a tensor of one number.",
+                "nll.mean(), or reduction='mean'; not nll.item()",
+            )
+        if self.training and torch.is_grad_enabled() and not nll.requires_grad:
+            raise FitError(
+                "ELBO",
+                "no gradient comes through the loss: no weight would learn from the data.",
+                "Compute it by torch from the output, without detach(), no_grad or numpy.",
             )
         kl = self.kl()
         return ELBOTerms(nll + beta * kl, nll, kl)
