@@ -84,3 +84,27 @@ def test_free_sizes_lets_channels_go_through_reshapes(between: Any, width: int, 
         assert torch.equal(found(torch.cat([x] * 3)), model(torch.cat([x] * 3)))
     group = convert(found, x).scan.groups[0]
     assert (group.name, group.size, group.whole_because) == ("a", size, None)
+
+
+class SplitHeads(nn.Module):
+    """Queries, keys and values cut from one projection by their size, as nanoGPT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(6, 24), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        parts = (part.view(batch, length, 4, 2).transpose(1, 2) for part in self.qkv(x).split(8, dim=2))
+        mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(batch, length, 8)
+        return self.head(self.out(mixed).relu().mean(1))
+
+
+def test_heads_that_are_split_by_a_size_can_go() -> None:
+    torch.manual_seed(0)
+    program = torch.export.export(
+        SplitHeads().eval(), (torch.randn(3, 5, 6),), dynamic_shapes=({0: Dim("batch", min=2)},)
+    )
+    converted = convert(from_exported(program), torch.randn(2, 5, 6), mode="channels")
+    sizes = {group.readers[0].layer: group.size for group in converted.scan.removable}
+    assert sizes["out"] == 4

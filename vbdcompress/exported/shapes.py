@@ -20,6 +20,11 @@ def free_sizes_(node: fx.Node) -> None:
     """
     if node.target in _RESHAPES:
         _free_reshape_(node)
+    elif node.target is aten.split.Tensor:
+        cut: tuple[Any, ...] = node.args  # source, size of a part, perhaps the dimension
+        whole = _sizes_of(cut[0])[cut[2] if len(cut) > 2 else 0]
+        if whole.is_number and isinstance(cut[1], int) and whole % cut[1] == 0:
+            node.target, node.args = aten.chunk.default, (cut[0], int(whole) // cut[1], *cut[2:])
     elif node.target is aten.unflatten.int:
         source, dim, sizes = node.args
         assert isinstance(sizes, list | tuple)
