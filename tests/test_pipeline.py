@@ -215,7 +215,7 @@ def test_compress_takes_a_loss_and_a_metric(data):
 
 
 def test_compress_says_when_no_threshold_keeps_the_budget(trained, data):
-    with pytest.raises(SlimError, match=r"no threshold keeps it; .*limit 3"):
+    with pytest.raises(SlimError, match=r"no cut keeps it: .*limit 3"):
         compress(
             trained.model,
             loader_of(data.train),

@@ -13,6 +13,7 @@ from vbdcompress.choosing import Candidates, choose, refine
 from vbdcompress.conversion import convert
 from vbdcompress.count import measure_size
 from vbdcompress.data.dataset import load_data
+from vbdcompress.errors import SlimError
 from vbdcompress.loading import load
 from vbdcompress.pipeline import compress
 from vbdcompress.slimming import measure_curve
@@ -204,3 +205,35 @@ def test_weights_that_a_first_round_took_stay_away_in_a_round_of_channels(zoo, d
     left = next(p["size"]["nonzeros"] for p in first["curve"] if p["threshold"] == chosen)
     before, after = (found.report["size"][when]["nonzeros"] for when in ("before", "after"))
     assert after <= left < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_macs": 10}, r"no cut keeps it: .* MACs [\d,]+ \(limit 10\)"),
+        ({"max_params": "0%"}, r"parameters that are not zero [1-9]\d+ \(limit 0\)"),
+        ({"max_params": "20%", "round_to": 16}, "ask for less than round_to = 16"),
+    ],
+)
+def test_limits_that_no_fit_keeps_are_refused_before_it(zoo, data, options, told):
+    epochs = []
+
+    class Told:
+        def on_start(self, *_):
+            pass
+
+        on_step = on_start
+
+        def on_epoch(self, row, _):
+            epochs.append(row)
+
+    with pytest.raises(SlimError, match=told):
+        compress(
+            load(zoo / "digits.pt").model,
+            data.train_batches(48, seed=0),
+            validation=data.validation_batches(),
+            listener=Told(),
+            epochs=1,
+            **options,
+        )
+    assert epochs == []

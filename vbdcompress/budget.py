@@ -13,7 +13,7 @@ from vbdcompress.reporting.build import StageRecord
 from vbdcompress.slimming import DEFAULT_THRESHOLD, or_default
 
 _SIZE_ADVICE = "Raise the limit, fit with a larger --beta, or use --mode channels for MACs."
-_LIMIT_NAMES = {"nonzeros": "parameters that are not zero", "macs": "MACs", "bytes": "bytes"}
+LIMIT_NAMES = {"nonzeros": "parameters that are not zero", "macs": "MACs", "bytes": "bytes"}
 
 # Points of validation error before fine-tuning, which makes good for less
 MUCH_WORSE = 2.0
@@ -28,12 +28,14 @@ class Budget:
         max_error_increase: points of validation error above the original's.
         limits: largest value of a field of `Size`.
         source: who chose the threshold.
+        part: what the error allowed is of what the user allows, for messages.
     """
 
     threshold: float | None = None
     max_error_increase: float | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
     source: str = "asked for"
+    part: str = ""
 
 
 def parse_limit(text: str | int, total: int) -> int:
@@ -65,7 +67,8 @@ def round_budget(config: RunConfig, number: int, original: Size) -> Budget:
     if not part.has_budget:
         return budget
     half = None if budget.max_error_increase is None else budget.max_error_increase / 2
-    return Budget(None, half, {key: bound for key, bound in budget.limits.items() if key == "macs"})
+    limits = {key: bound for key, bound in budget.limits.items() if key == "macs"}
+    return Budget(None, half, limits, part=", the first round's half,")
 
 
 def select_threshold(
@@ -91,7 +94,7 @@ def select_threshold(
     fitting = [p for p in curve if all(getattr(p.size, key) <= bound for key, bound in limits.items())]
     if not fitting:
         raise SlimError("budget", _nearest_size(curve, limits), _SIZE_ADVICE)
-    told = " and ".join(f"{_LIMIT_NAMES[key]} <= {bound:,}" for key, bound in limits.items())
+    told = " and ".join(f"{LIMIT_NAMES[key]} <= {bound:,}" for key, bound in limits.items())
     if increase is None:
         best = min(fitting, key=lambda p: (p.error, -p.size.nonzeros))
         return Selection(
@@ -106,8 +109,8 @@ def select_threshold(
         nearest = min(p.error for p in fitting)
         raise SlimError(
             "budget",
-            f"no threshold keeps validation error within {increase:g} points of {baseline_error:.2f} %; "
-            f"the best within the limits has {nearest:.2f} %.",
+            f"no threshold keeps validation error within {increase:g} points{budget.part} of "
+            f"{baseline_error:.2f} %; the best within the limits has {nearest:.2f} %.",
             "Raise --max-error-increase (`run --resume` keeps the fit), fit longer or with a smaller --beta.",
         )
     best = min(allowed, key=lambda p: (p.size.macs if mode == "channels" else 0, p.size.nonzeros))
@@ -143,7 +146,7 @@ def _nearest_size(curve: Sequence[CurvePoint], limits: Mapping[str, int]) -> str
     """How close the curve comes to limits that none of its points keeps."""
     nearest = min(curve, key=lambda p: max(getattr(p.size, key) / max(1, b) for key, b in limits.items()))
     found = ", ".join(
-        f"{_LIMIT_NAMES[key]} {'about ' if key == 'bytes' else ''}{getattr(nearest.size, key):,} "
+        f"{LIMIT_NAMES[key]} {'about ' if key == 'bytes' else ''}{getattr(nearest.size, key):,} "
         f"(limit {bound:,})"
         for key, bound in limits.items()
     )

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.budget import Budget, select_threshold
+from vbdcompress.budget import LIMIT_NAMES, Budget, select_threshold
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted
 from vbdcompress.count import FLOAT_BYTES, measure_size, unused_parameters
+from vbdcompress.errors import SlimError
 from vbdcompress.exporting.export import file_properties, write_onnx
 from vbdcompress.exporting.packing import Storage, estimate_bytes
 from vbdcompress.files import Scratch
@@ -110,6 +111,19 @@ class Candidates:
     def cut(self, threshold: float) -> Slim:
         """The network cut at a threshold of log_alpha."""
         return slim(self.converted, threshold, round_to=self.round_to)
+
+
+def check_limits(converted: Converted, files: FileSize, budget: Budget, round_to: int) -> None:
+    """Raise SlimError where no fit could keep the limits: not even what is left where all goes that can."""
+    limits = {key: bound for key, bound in budget.limits.items() if key != "bytes"}
+    if not limits:
+        return
+    size = files.measure(slim(converted, -math.inf, round_to=round_to).model)
+    if _fits(size, replace(budget, limits=limits)):
+        return
+    found = ", ".join(f"{LIMIT_NAMES[key]} {getattr(size, key):,} (limit {limits[key]:,})" for key in limits)
+    advice = "Raise the limit" + (f", or ask for less than round_to = {round_to}." if round_to > 1 else ".")
+    raise SlimError("budget", f"no cut keeps it: where all goes that can, the network has {found}.", advice)
 
 
 def choose(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vbdcompress.budget import make_budget, round_budget
 from vbdcompress.choices import Choice, describe_judgement
-from vbdcompress.choosing import Candidates, FileSize, choose
+from vbdcompress.choosing import Candidates, FileSize, check_limits, choose
 from vbdcompress.config import RunConfig
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.data.loaders import drawn_from, seed_generators
@@ -133,6 +133,7 @@ class StageRunner:
             log_sigma2=config.log_sigma2,
             cost=config.cost if mode == "channels" else "none",
         )
+        check_limits(converted, self.files, round_budget(self.config, number, self.original), config.round_to)
         step, told = f"{number + 1}-{mode}", or_default(config.threshold)
         gone = mode == "channels" and self.config.rounds[0].mode == "weights"  # what the first round took
         fitted = self._fit(converted.model, config, step, threshold=told, keep_zeros=gone)
