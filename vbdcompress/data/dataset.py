@@ -156,13 +156,11 @@ def load_data(
             f"data set '{name}'",
             f"images have {shape[0]} channels, the network was trained with {len(spec.mean)}.",
         )
-    train = _normalise(raw.train, spec)
-    if validation_path is not None:
-        validation = _normalise(parts["validation"], spec)
-    else:
-        train, validation = _split(train, validation_fraction, validation_seed)
+    train, held = raw.train, parts.get("validation")
+    if held is None:  # as bytes: floats are four times as many
+        train, held = _split(raw.train, validation_fraction, validation_seed)
     test = _normalise(raw.test, spec) if raw.test else None
-    return DataSet(name, spec, raw.classes, train, validation, test, notes)
+    return DataSet(name, spec, raw.classes, _normalise(train, spec), _normalise(held, spec), test, notes)
 
 
 def _read_sized(
@@ -286,7 +284,7 @@ def _normalise(raw: RawImages, spec: InputSpec) -> Examples:
     return Examples(inputs.div_(raw.scale).sub_(mean).div_(std), raw.labels)
 
 
-def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    places = split_places(len(examples), fraction, seed)
-    train, validation = (Examples(examples.inputs[part], examples.labels[part]) for part in places)
-    return train, validation
+def _split(raw: RawImages, fraction: float, seed: int) -> tuple[RawImages, RawImages]:
+    places = split_places(len(raw.labels), fraction, seed)
+    train, held = (replace(raw, images=raw.images[part], labels=raw.labels[part]) for part in places)
+    return train, held
