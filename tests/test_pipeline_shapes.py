@@ -187,3 +187,25 @@ def test_compress_keeps_gradients_where_the_caller_has_none(
     assert result.model(batches[0][0].clone()).requires_grad
     first, last = (result.report["stages"][0]["epochs"][place]["nll"] for place in (0, -1))
     assert last != first
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        output: Tensor = self.b(self.a(x).relu() * scale)
+        return output
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.5)])
+def test_numbers_that_differ_from_batch_to_batch_are_told_of(scales: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    batches = [({"x": torch.randn(16, 5), "scale": scale}, torch.arange(16) % 2) for scale in scales]
+    options = {"epochs": 1, "finetune_epochs": 0, "threshold": 1e9, "device": "cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = compress(Scaled(), batches, validation=batches, test=batches, **options).report
+    told = [warning for warning in report["warnings"] if "differ from batch to batch: 1.0 and 2.5" in warning]
+    assert len(told) == (scales[0] != scales[1])

@@ -1,12 +1,17 @@
 """What of the network that came out a reader of the report must know, a sentence each."""
 
 from collections.abc import Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from vbdcompress.data.loaders import drawn_from
 from vbdcompress.inputs import Inputs, shapes_of
 from vbdcompress.preflight import outputs_of
+from vbdcompress.sources import LOOKED_AT, Sources
 
 # Fewer examples may well be of one class
 ENOUGH = 32
@@ -53,6 +58,33 @@ def warn_of_shapes(samples: Inputs, found: Sequence[Inputs], taken: Sequence[Inp
         f"{told}, and the ONNX file takes no others, for the network can't be exported for all: give "
         "all examples one shape."
     ]
+
+
+def warn_of_numbers(sources: Sources, samples: Inputs, seed: int) -> list[str]:
+    """Where a number among the inputs is not the same in all batches: a file has no input for it.
+
+    Args:
+        samples: of the first batch.
+        seed: of the order in which loaders that shuffle draw theirs.
+    """
+    held = _numbers_of(samples)
+    if not held:
+        return []
+    with drawn_from(seed):
+        others = (_numbers_of(inputs) for inputs, _ in islice(sources.train, LOOKED_AT))
+        other = next((numbers for numbers in others if numbers != held), held)
+    differing = [pair for pair in zip(held, other, strict=False) if pair[0] != pair[1]]
+    if not differing:
+        return []
+    told = ", ".join(f"{one!r} and {two!r}" for one, two in differing)
+    return [
+        f"The inputs hold numbers that differ from batch to batch: {told}. The ONNX file holds those of the "
+        "first batch. A number that is an input of its own is a tensor with one for each example."
+    ]
+
+
+def _numbers_of(inputs: Inputs) -> list[Any]:
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, int | float | str)]
 
 
 def warn_of_one_class(original: nn.Module, slimmed: nn.Module, samples: Inputs) -> list[str]:

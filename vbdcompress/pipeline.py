@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vbdcompress.budget import warn_of_undecided
-from vbdcompress.cautions import warn_of_frozen, warn_of_one_class, warn_of_shapes
+from vbdcompress.cautions import warn_of_frozen, warn_of_numbers, warn_of_one_class, warn_of_shapes
 from vbdcompress.choosing import FileSize
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import computed_weights
@@ -188,6 +188,7 @@ def _run_stages(
         warnings=[
             *warnings_of(sources),
             *warn_of_shapes(samples, found, others),
+            *warn_of_numbers(sources, samples, config.seed),
             *warn_of_frozen(original, current),
             *(warn_of_one_class(original, current, samples) if judge.metric is top1_error else ()),
             *run.told,
