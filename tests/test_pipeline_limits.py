@@ -66,6 +66,7 @@ def test_a_limit_that_takes_undecided_channels_is_warned_of(zoo, data):
     assert any("no noise yet: cut at a log_alpha of -" in each for each in told)
 
 
+@pytest.mark.slow
 def test_a_limit_that_estimates_miss_is_met_by_files(zoo, data, tmp_path):
     # 4 bits: all points are estimated below the limit, and the files of the larger ones are above
     found = compress(

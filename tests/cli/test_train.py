@@ -186,12 +186,14 @@ def test_train_does_not_write_over_a_folder(cli, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_leave_the_file_alone(tmp_path):
     ended = trained_by_two("--epochs", "1", "--out", tmp_path / "net.pt")
     assert (ended.returncode, "Written to" in ended.stdout) == (0, True), ended.stderr
     assert [item.name for item in tmp_path.iterdir()] == ["net.pt"]
 
 
+@pytest.mark.slow
 def test_two_processes_that_may_not_go_on_say_so_without_a_traceback(cli, tmp_path, monkeypatch):
     def stop(self, row, epochs):
         raise FitError("test", "cut off")

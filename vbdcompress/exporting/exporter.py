@@ -42,11 +42,15 @@ _EXPORT_ERRORS = (
     AttributeError,
     LookupError,
 )
+_PARTS = ("", ".onnx", ".export", "._export", "._guards", "._dynamo", ".fx")
+_LOGGERS = (*(f"torch{part}" for part in _PARTS), "onnxscript", "onnx_ir")
 # How torch calls a size that it left open
 _SYMBOL = re.compile(r"\bs\d+\b")
 
 
-def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.ModelProto:
+def to_onnx(
+    model: nn.Module, shown: Sequence[Inputs], input_name: str, *, strict: bool = False
+) -> onnx.ModelProto:
     """Export, clean and check.
 
     Args:
@@ -54,6 +58,7 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
         shown: inputs, traced with the first that torch can; those of other shapes say which dimensions
             beside the batch are dynamic.
         input_name: of the graph's input; see `export_onnx`.
+        strict: trace the network's code as written, not as it runs: that follows len(x), but takes less.
     Raises:
         ExportError: the exporter or the checker refuses the network.
     """
@@ -70,13 +75,17 @@ def to_onnx(model: nn.Module, shown: Sequence[Inputs], input_name: str) -> onnx.
             with torch.no_grad():
                 output = call(model, two)
             bare = isinstance(two, Tensor) and isinstance(output, Tensor)
+            module: Any = model if bare else _OfTensors(model, samples)
+            dynamic: Any = shapes if bare else (shapes,)
+            if strict:
+                module = torch.export.export(module, tuple(tensors), dynamic_shapes=dynamic, strict=True)
             program: Any = torch.onnx.export(
-                model if bare else _OfTensors(model, samples),
+                module,
                 tuple(tensors),
                 dynamo=True,
                 input_names=[f"given.{place}" for place in range(len(names))],
                 output_names=names_of_outputs(output, names),
-                dynamic_shapes=shapes if bare else (shapes,),
+                dynamic_shapes=dynamic,
                 external_data=False,
                 optimize=True,
                 verbose=False,
@@ -205,10 +214,11 @@ def _without_a_look_at_masks() -> Iterator[None]:
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Without the exporter's progress, notes on its own deprecations and log lines."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    # What fails is raised; torch logs it too, with pages of its graph
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
