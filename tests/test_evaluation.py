@@ -110,15 +110,11 @@ def precisions() -> list[str]:
 def test_whole_float32_holds_on_a_gpu_for_as_long_as_it_is_asked_for() -> None:
     before = precisions()
     assert CUDNN.allow_tf32
-    torch.set_float32_matmul_precision("high")
     with whole_float32(torch.device("cuda")):
-        assert torch.get_float32_matmul_precision() == "highest"
         assert not CUDNN.allow_tf32
         assert precisions() == len(PARTS) * ["ieee"]
         with CUDNN.flags(enabled=True, deterministic=True, allow_tf32=False):  # as a network's code may
             pass
-    assert torch.get_float32_matmul_precision() == "high"
-    torch.set_float32_matmul_precision("highest")
     assert (CUDNN.allow_tf32, precisions()) == (True, before)
     with pytest.raises(KeyError), whole_float32(torch.device("cuda")):
         raise KeyError
@@ -140,6 +136,29 @@ def test_whole_float32_puts_back_what_a_user_set_for_one_kind_of_layer() -> None
         CUDNN.allow_tf32 = True
         for part, precision in zip(PARTS, before, strict=True):
             part.fp32_precision = precision
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_matrix_products_are_whole_too_whichever_setting_the_user_chose(new: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    if new and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one setting for all")
+    chosen = getattr(matmul, "fp32_precision", None)
+    try:
+        if new:
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        with whole_float32(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"  # it raises where the new one differs
+        if new:
+            assert matmul.fp32_precision == "tf32"
+        else:
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if chosen is not None:
+            matmul.fp32_precision = chosen
 
 
 def test_errors_are_measured_in_whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:

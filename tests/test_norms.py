@@ -150,3 +150,15 @@ def test_a_norm_that_does_not_run_keeps_its_statistics() -> None:
     assert model.main.running_mean.abs().max() < 1
     assert torch.equal(model.side.running_mean, torch.full((3,), 5.0))
     assert int(model.side.num_batches_tracked) == 7
+
+
+def test_a_norm_that_does_not_count_its_batches_keeps_its_new_statistics() -> None:
+    class Own(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.running_mean.copy_(x.mean(0))
+            return x - self.running_mean
+
+    model, data = nn.Sequential(Own(3)), 4 + torch.randn(50, 3)
+    reestimate_batch_norm_(model, [(data, torch.zeros(50))])
+    torch.testing.assert_close(model[0].running_mean, data.mean(0))

@@ -149,3 +149,14 @@ def test_weights_as_small_as_half_precision_does_not_know_are_rounded_alike(bits
         return float(np.sqrt(np.square(error).mean() / np.square(values).mean()))
 
     assert 0 < lost(small) < 1.05 * lost(usual)
+
+
+def test_a_vector_beside_an_embedding_is_no_matrix() -> None:
+    class Scaled(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(20, 4)
+            self.scale = nn.Parameter(torch.ones(1))
+
+    found = roundable(nn.Sequential(Scaled(), nn.Linear(4, 3)))
+    assert list(found) == ["0.weight", "1.weight"]
+    assert round_weight(found["0.weight"], 8).kind == "int8"

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,7 @@ class Candidates:
         prepare: makes a cut network ready to be measured, in place.
         error: of a network on validation, percent.
         files: what they would be written as.
+        known: threshold -> size, of those that were cut already.
     """
 
     converted: Converted
@@ -107,6 +108,7 @@ class Candidates:
     prepare: Callable[[nn.Module], None]
     error: Callable[[nn.Module], float]
     files: FileSize
+    known: dict[float, Size] = field(default_factory=dict)
 
     def cut(self, threshold: float) -> Slim:
         """The network cut at a threshold of log_alpha."""
@@ -141,6 +143,7 @@ def choose(
         SlimError: see `select_threshold`.
     """
     curve, written = list(candidates.curve), dict[float, int]()
+    candidates = replace(candidates, known={point.threshold: point.size for point in curve})
     while True:
         points = _corrected(curve, written)
         if len(written) < WELL_KNOWN or not _is_filled(points, budget):
@@ -179,9 +182,7 @@ def refine(
     between = Thresholds(candidates.converted, low, points[place - 1].threshold)
     middle = between.middle() if place < len(points) else between.smallest()
     while middle is not None:
-        model = candidates.cut(middle).model
-        size = candidates.files.measure(model)
-        _add(refined, candidates, middle, model, size)
+        size = _add(refined, candidates, middle).size
         if _fits(_times(size, ratio), budget):
             between.raise_to(middle)
             if _fills(_times(size, ratio), budget):
@@ -208,8 +209,7 @@ def refine_error(
         return refined
     between = Thresholds(candidates.converted, points[kept[-1] + 1].threshold, points[kept[-1]].threshold)
     while (middle := between.middle()) is not None:
-        model = candidates.cut(middle).model
-        point = _add(refined, candidates, middle, model, candidates.files.measure(model))
+        point = _add(refined, candidates, middle)
         if point.error <= allowed:
             between.lower_to(middle)
         else:
@@ -217,12 +217,16 @@ def refine_error(
     return sorted(refined, key=lambda point: -point.threshold)
 
 
-def _add(
-    curve: list[CurvePoint], candidates: Candidates, threshold: float, model: nn.Module, size: Size
-) -> CurvePoint:
-    """The point of a cut network, measured and added to the curve where its size is new there."""
+def _add(curve: list[CurvePoint], candidates: Candidates, threshold: float) -> CurvePoint:
+    """The point at a threshold, cut and measured unless that was done, on the curve from now on."""
+    model = None
+    if threshold not in candidates.known:
+        model = candidates.cut(threshold).model
+        candidates.known[threshold] = candidates.files.measure(model)
+    size = candidates.known[threshold]
     found = next((point for point in curve if point.size == size), None)
     if found is None:
+        model = candidates.cut(threshold).model if model is None else model
         candidates.prepare(model)
         found = CurvePoint(threshold, candidates.error(model), size)
         curve.append(found)

@@ -108,22 +108,32 @@ def whole_float32(device: torch.device) -> Iterator[None]:
         yield
         return
     cudnn: Any = torch.backends.cudnn
-    # torch 2.9 gave each kind of layer a setting; the old one can't be read where it contradicts them
+    matmul: Any = torch.backends.cuda.matmul
+    # torch 2.9 gave each kind of layer a setting; the old ones can't be read where they contradict them
     parts = [getattr(cudnn, name) for name in ("conv", "rnn") if hasattr(cudnn, name)]
     before = [part.fp32_precision for part in parts]
     allowed = all(precision == "tf32" for precision in before) if parts else cudnn.allow_tf32
-    products = torch.get_float32_matmul_precision()
+    products = getattr(matmul, "fp32_precision", None)
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it contradicts the new setting, which the user chose
+        legacy = None
     cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
     for part in parts:
         part.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision(
+        "highest"
+    )  # both settings: torch refuses to multiply where they differ
     try:
         yield
     finally:
         cudnn.allow_tf32 = allowed
-        torch.set_float32_matmul_precision(products)
         for part, precision in zip(parts, before, strict=True):
             part.fp32_precision = precision
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        if products is not None:
+            matmul.fp32_precision = products
 
 
 def _count_unfit(inputs: Any) -> Tensor | int:

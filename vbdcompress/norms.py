@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbdcompress.data.loaders import drawn_from, seed_generators
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import batch_size, call, named_batch_of_one
+from vbdcompress.inputs import batch_size, call, named_batch_of_one, noting_calls
 
 # For the statistics of batch norm: of a network that stays, and of each of the curve's many
 STATISTICS_EXAMPLES = 10_000
@@ -46,32 +46,32 @@ def reestimate_batch_norm_(
     Raises:
         FitError: a batch of one example, of which a norm can't take statistics.
     """
-    norms = [
-        module
-        for module in model.modules()
+    norms = {
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats and not _is_frozen(module)
-    ]
+    }
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
-    before = [copy.deepcopy(dict(norm.named_buffers(recurse=False))) for norm in norms]
+    momenta = [norm.momentum for norm in norms.values()]
+    before = [copy.deepcopy(dict(norm.named_buffers(recurse=False))) for norm in norms.values()]
     model.eval()
-    for norm in norms:
+    for norm in norms.values():
         norm.reset_running_stats()
         norm.train()
     device, seen = device_of(model), 0
-    with drawn_from(seed), named_batch_of_one("batch norm"):
+    with drawn_from(seed), named_batch_of_one("batch norm"), noting_calls(model) as called:
         seed_generators(loader, seed)
         for inputs, _ in loader:
             seen += batch_size(inputs)
-            for norm in norms:  # an average over the examples, whatever the last batch holds
+            for norm in norms.values():  # an average over the examples, whatever the last batch holds
                 norm.momentum = batch_size(inputs) / seen
             call(model, to_device(inputs, device))
             if seen >= examples:
                 break
-    for norm, momentum, kept in zip(norms, momenta, before, strict=True):
+    for (name, norm), momentum, kept in zip(norms.items(), momenta, before, strict=True):
         norm.momentum = momentum
         norm.eval()
-        if norm.num_batches_tracked == 0:  # it did not run: of a head for training, say
-            for name, buffer in kept.items():
-                norm.get_buffer(name).copy_(buffer)
+        if name not in called and not norm.num_batches_tracked:  # of a head for training, say
+            for own, buffer in kept.items():
+                norm.get_buffer(own).copy_(buffer)

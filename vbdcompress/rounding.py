@@ -91,10 +91,11 @@ def roundable(model: nn.Module) -> dict[str, Weight]:
     found = {}
     for name, parameter in model.named_parameters():
         layer = modules[name.rpartition(".")[0]]
+        own_weight = name.rpartition(".")[2] == "weight"
         if isinstance(layer, nn.Linear | _ConvNd):
-            if name.rpartition(".")[2] == "weight":
+            if own_weight:
                 found[name] = Weight(parameter, 1 if isinstance(layer, _ConvTransposeNd) else 0)
-        elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        elif isinstance(layer, nn.Embedding | nn.EmbeddingBag) and own_weight:
             found[name] = Weight(parameter, 1)
         elif not isinstance(layer, ParametrizationList) and why_no_matrix(layer, name, parameter) is None:
             found[name] = Weight(parameter, None)

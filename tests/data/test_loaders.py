@@ -248,7 +248,7 @@ class Named(DataLoader):
 
 def test_a_loader_that_makes_its_batches_itself_is_not_rebuilt() -> None:
     data = TensorDataset(torch.full((10, 2), 255.0), torch.zeros(10))
-    with pytest.raises(DataError, match="is a Scaling, whose own __iter__ makes its batches"):
+    with pytest.raises(DataError, match="is a Scaling, whose own __iter__ may make its batches otherwise"):
         split_loader(Scaling(data, batch_size=3), 0.2, 0)
     loader = Scaling(data, batch_size=3, drop_last=True)
     assert whole(loader) is loader

@@ -37,6 +37,7 @@ ONE = torch.ones(1)
         ([ONE, None, (ONE, ONE)], ["output_0", "output_2_0", "output_2_1"]),
         ({"cls": ONE, "loss": None, "reg": ONE}, ["cls", "reg"]),
         ({"maps": [ONE, ONE]}, ["maps_0", "maps_1"]),
+        ({"": ONE}, ["output"]),
         (Found(ONE), ["logits"]),
         (Pair(ONE, ONE), ["mean", "spread"]),
         ({"ids": ONE, 3: ONE}, ["ids_1", "3"]),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -181,3 +182,10 @@ def test_a_plan_sets_numbers_that_a_module_keeps_and_nothing_else(name):
     plan = RemovalPlan.from_json({"0": {"attributes": {name: 3}}})
     with pytest.raises(SlimError, match=f"keeps no number '{name}'"):
         apply_plan_(nn.Sequential(nn.Linear(4, 3)), plan)
+
+
+def test_a_plan_sets_numbers_of_numpy_and_floats(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].heads, model[0].width = np.int64(4), 4.0
+    apply_plan_(model, RemovalPlan.from_json({"0": {"attributes": {"heads": 3, "width": 3}}}))
+    assert (model[0].heads, model[0].width) == (3, 3)

@@ -279,9 +279,9 @@ def reload(loader: DataLoader[Any], dataset: Dataset[Any], **order: Any) -> Data
     if _iterates_itself(loader):
         raise DataError(
             "loader",
-            f"is a {type(loader).__name__}, whose own __iter__ makes its batches: it can't be split, nor "
-            "shared by several processes.",
-            "Pass validation data, and fit in one process; or let the data set or collate_fn do that.",
+            f"is a {type(loader).__name__}, whose own __iter__ may make its batches otherwise: it can't be "
+            "split, nor shared by several processes.",
+            "Pass validation data, and fit in one process; or give torch's own DataLoader.",
         )
     return DataLoader(
         dataset,

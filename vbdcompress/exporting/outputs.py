@@ -26,7 +26,7 @@ def names_of_outputs(output: Any, taken: Collection[str]) -> list[str]:
     found: list[str] = []
     for path in paths:
         parts = path if path and isinstance(path[0], str) else (OUTPUT, *(() if alone else path))
-        wanted = "_".join(map(str, parts))
+        wanted = "_".join(map(str, parts)) or OUTPUT
         free = (name for name in chain([wanted], map(f"{wanted}_{{}}".format, count(1))))
         found.append(next(name for name in free if name not in taken and name not in found))
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
 def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
     """Cut one layer, in place, and keep its own record of its widths true."""
     for name, value in (cut.attributes or {}).items():
-        if type(vars(layer).get(name)) is not int:
+        if not isinstance(vars(layer).get(name), Real) or isinstance(vars(layer)[name], bool):
             raise AttributeError(f"it keeps no number '{name}'")
         setattr(layer, name, value)
     for name, (dim, kept) in (cut.parameters or {}).items():
