@@ -18,7 +18,7 @@ from vbdcompress.data.loaders import whole
 from vbdcompress.errors import DataError
 from vbdcompress.pipeline import compress
 from vbdcompress.records import EpochRow, InputSpec
-from vbdcompress.surgery.liveness import other_sizes
+from vbdcompress.surgery.sizes import other_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The slim network names one class")
 

@@ -20,8 +20,8 @@ from vbdcompress.originals import check_model, copy_of, open_where_alike, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
-from vbdcompress.surgery.liveness import other_sizes
 from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
+from vbdcompress.surgery.sizes import other_sizes
 from vbdcompress.surgery.verify import find_groups
 from vbdcompress.surgery.walk import check_skip, matches_skip, shared_parameters
 from vbdcompress.surgery.weights import Reader, reading_weights
@@ -56,7 +56,7 @@ class Converted:
 
     @cached_property
     def other_sizes(self) -> list[Inputs]:
-        """The example in other sizes that the network takes, float64: see `liveness.other_sizes`."""
+        """The example in other sizes that the network takes, float64: see `surgery.sizes`."""
         with in_double():
             return other_sizes(double_copy(self.model), map_tensors(self.example, as_double))
 
