@@ -281,3 +281,12 @@ def test_train_batches_augment_where_the_label_stays(
 ) -> None:
     renamed = DataSet(name, digits.input, digits.classes, digits.train, digits.validation, None)
     assert renamed.train_batches(10, seed=0, augment=asked).augment == expected
+
+
+def test_small_deviations_are_measured_to_four_digits(tmp_path: Path) -> None:
+    images = 4e-5 * np.random.default_rng(0).random((40, 1, 6, 6)).astype(np.float32)
+    np.savez(tmp_path / "dim.npz", images=images, labels=np.arange(40) % 2)
+    data = load_data(str(tmp_path / "dim.npz"))
+    assert data.input.mean[0] == pytest.approx(images.mean(), rel=1e-3)
+    assert data.input.std[0] == pytest.approx(images.std(), rel=1e-3)
+    assert float(data.train.inputs.std()) == pytest.approx(1.0, rel=0.1)
