@@ -79,6 +79,18 @@ def test_a_limit_of_bytes_is_used_whatever_files_weigh(weight: Callable[[int], i
     assert len(written) <= 16
 
 
+def test_no_file_is_chosen_that_was_not_seen_to_fit() -> None:
+    candidates, written = candidates_of(
+        fitted(-3.0, 3.0), lambda nonzeros: 700 + nonzeros + 4000 * (nonzeros * 7919 % 101 > 20)
+    )
+    try:
+        _, selection = choose(candidates, Budget(limits={"bytes": 1500}), 0.0)
+    except SlimError:  # none of those that were tried does
+        assert min(written) > 1500
+    else:
+        assert candidates.files.write(candidates.cut(selection.threshold).model, {}) <= 1500
+
+
 def test_a_limit_that_no_file_keeps_is_refused_with_the_smallest() -> None:
     candidates, written = candidates_of(fitted(-3.0, 3.0), lambda nonzeros: 700 + 5 * nonzeros)
     with pytest.raises(SlimError, match="the nearest on the curve has bytes about 750"):

@@ -156,8 +156,9 @@ def choose(
         if budget.max_error_increase is not None:
             curve = refine_error(candidates, curve, budget, written, baseline_error)
             points = _corrected(curve, written)
-        selection = select_threshold(points, budget, candidates.converted.mode, baseline_error)
-        if "bytes" not in budget.limits or selection.threshold in written or len(written) >= MOST_FILES:
+        tried = [point for point in points if len(written) < MOST_FILES or point.threshold in written]
+        selection = select_threshold(tried, budget, candidates.converted.mode, baseline_error)
+        if "bytes" not in budget.limits or selection.threshold in written:
             return tuple(points), selection
         written[selection.threshold] = _write(candidates, candidates.cut(selection.threshold))
 

@@ -20,6 +20,8 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.packing import Storage, pack_
 from vbdcompress.rounding import Rounded, round_weight, roundable, write_rounded_
 
+from .sums import model_of, rebuilt
+
 REBUILDING = {
     "CumSum",
     "ScatterElements",
@@ -32,24 +34,6 @@ REBUILDING = {
     "Mul",
     "Split",
 }
-
-
-def model_of(weight: np.ndarray) -> onnx.ModelProto:
-    """x + weight, for a scalar x."""
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "w"], ["y"])],
-        "sum",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, list(weight.shape))],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-
-
-def rebuilt(proto: onnx.ModelProto) -> np.ndarray:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": np.zeros((), np.float32)})
-    return np.asarray(found)
 
 
 @st.composite

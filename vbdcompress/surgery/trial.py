@@ -1,7 +1,9 @@
 """The copy of a network on which groups are traced and cuts are tried: float64, with other weights."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vbdcompress.compare import as_real, double_copy, flatten_output
 from vbdcompress.inputs import Inputs, call
@@ -37,14 +39,10 @@ def _count_lost(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _random_copy(model: nn.Module, seed: int) -> nn.Module:
-    trial = double_copy(model)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trial.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-            parameter.data = noise / fan_in**0.5 if parameter.dim() > 1 else 1 + SPREAD * noise
+    def change(parameter: Tensor, noise: Tensor) -> Tensor:
+        return noise / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1 + SPREAD * noise
+
+    trial, generator = _changed_copy(model, seed, change)
     for name, buffer in trial.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
@@ -53,13 +51,23 @@ def _random_copy(model: nn.Module, seed: int) -> nn.Module:
 
 def _near_copy(model: nn.Module, seed: int) -> nn.Module:
     """Each weight times a factor near 1; a zero becomes as large as the others are."""
+
+    def change(parameter: Tensor, noise: Tensor) -> Tensor:
+        usual = parameter.square().mean().sqrt() or 1.0
+        return torch.where(parameter == 0, SPREAD * usual * noise.abs(), parameter * (1 + SPREAD * noise))
+
+    return _changed_copy(model, seed, change)[0]
+
+
+def _changed_copy(
+    model: nn.Module, seed: int, change: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[nn.Module, torch.Generator]:
+    """A copy, each parameter made anew from itself and noise of its shape; and what draws the noise."""
     trial = double_copy(model)
     generator = torch.Generator().manual_seed(seed)
     for parameter in trial.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            usual = parameter.detach().square().mean().sqrt() or 1.0
-            near = parameter.detach() * (1 + SPREAD * noise)
-            parameter.data = torch.where(parameter.detach() == 0, SPREAD * usual * noise.abs(), near)
-    return trial
+            parameter.data = change(parameter.detach(), noise)
+    return trial, generator
