@@ -88,3 +88,25 @@ def test_values_that_were_not_rounded_stay() -> None:
     array = np.random.default_rng(0).standard_normal((40, 50)).astype(np.float32)
     codes = round_weight(Weight(torch.randn(3, 3), None), 4)
     assert pack_(model_of(np.stack([array, array])), {"other": codes}) == ()
+
+
+def test_a_tied_weight_has_its_bits_under_whatever_name(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.inner = nn.Embedding(90, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 90, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            output: Tensor = self.head(self.inner(self.words(ids).mean(1)).relu())
+            return output
+
+    torch.manual_seed(0)
+    model = Tied().eval()
+    codes = {name: round_weight(weight, 8) for name, weight in roundable(model).items()}
+    assert list(codes) == ["words.weight", "inner.weight"]
+    write_rounded_(model, codes)
+    ids = torch.randint(0, 90, (8, 5))
+    info = export_onnx(model, tmp_path / "tied.onnx", ids, storage=Storage(True, codes))
+    assert [(row.kind, row.shape) for row in info.packed] == [("int8", (16, 16)), ("int8", (90, 16))]

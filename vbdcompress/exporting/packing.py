@@ -92,7 +92,7 @@ def pack_(proto: onnx.ModelProto, rounded: Mapping[str, Rounded] | None = None) 
     Args:
         proto: a model; tensors that no encoding makes smaller stay as they are.
         rounded: parameter -> the codes that its values were made from, where they were rounded. Found
-            again by name, transposed or scaled by a folded batch norm too.
+            again by its values, transposed or scaled by a folded batch norm too.
     """
     chosen = []
     letters = _free_letters(proto.graph)
@@ -181,8 +181,10 @@ def _describe(codes: Codes, sparse: bool) -> str:
 def _encodings(name: str, array: Array, rounded: Mapping[str, Rounded]) -> Iterator[Codes]:
     """The tensor's own values, and the codes of the parameter that it came from."""
     yield Codes(array, None, None, 32, exact=True)
-    for own, each in rounded.items():  # of a network inside another its name stands behind that one's
-        if (name == own or name.endswith(f".{own}")) and each.codes.shape == array.shape:
+    # Of a network inside another its name stands behind that one's; what is tied has one name of several
+    likely_first = sorted(rounded, key=lambda own: name != own and not name.endswith(f".{own}"))
+    for each in (rounded[own] for own in likely_first):
+        if each.codes.shape == array.shape and not array[each.codes == 0].any():
             found = _scaled(each, array)
             if found is not None:
                 yield found

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
+from vbdcompress.exporting.packing import SMALLEST
 from vbdcompress.reporting import formatting
 from vbdcompress.reporting.charts import (
     MAX_BARS,
@@ -68,6 +69,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         inputs=list_inputs(report),
         snippet=write_snippet(report) if report["export"] else "",
         section_rows=SECTION_ROWS,
+        smallest_packed=SMALLEST,
     )
 
 
