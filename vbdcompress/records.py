@@ -163,6 +163,21 @@ class PackedTensor:
 
 
 @dataclass(frozen=True)
+class OutputRow:
+    """One output of an ONNX file.
+
+    Attributes:
+        name: of the tensor.
+        shape: with the batch; a size that the inputs decide is a name.
+        dtype: as numpy calls it.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class ExportCheck:
     """How the ONNX file was verified against torch on real samples.
 
@@ -174,6 +189,7 @@ class ExportCheck:
         tolerance: what was allowed.
         packed: weights that are rebuilt from fewer bytes.
         open_dims: of each input, the dimensions beside the batch that may have any size.
+        outputs: what the file gives.
     """
 
     opset: int
@@ -183,6 +199,7 @@ class ExportCheck:
     tolerance: float
     packed: tuple[PackedTensor, ...] = ()
     open_dims: tuple[tuple[int, ...], ...] = ()
+    outputs: tuple[OutputRow, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -234,10 +234,17 @@ def test_render_html_lists_what_the_file_takes(report):
     ]
     told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))
     assert "ids , int64, batch any 16 scale , float32, batch batch any size" in told
+    report["export"]["outputs"] = [
+        {"name": "cls", "shape": ["batch", 10], "dtype": "float32"},
+        {"name": "length", "shape": [], "dtype": "int64"},
+    ]
+    told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))
+    assert "any size output cls , float32, batch 10 length , int64 scaling" in told
     report["input"]["embedded"] = True
     report["inputs"] = [{"name": "input", "shape": [8, 6], "dtype": "uint8"}]
     told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))
-    assert "input , uint8, batch 8 6 batch any size scaling none: pixels from 0 to 255" in told
+    assert "input , uint8, batch 8 6 batch any size" in told
+    assert "scaling none: pixels from 0 to 255" in told
 
 
 def test_render_html_says_how_the_weights_are_stored(report):

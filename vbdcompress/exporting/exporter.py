@@ -44,6 +44,7 @@ _EXPORT_ERRORS = (
 )
 _PARTS = ("", ".onnx", ".export", "._export", "._guards", "._dynamo", ".fx")
 _LOGGERS = (*(f"torch{part}" for part in _PARTS), "onnxscript", "onnx_ir")
+PRODUCER = "vbdcompress"
 # How torch calls a size that it left open
 _SYMBOL = re.compile(r"\bs\d+\b")
 
@@ -69,11 +70,15 @@ def to_onnx(
     names = names_of(samples, input_name)
     # torch 2.8 insists on the bound; the file knows none
     batch = {0: torch.export.Dim("batch", min=2)}
-    shapes: tuple[Any, ...] = tuple(batch | dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in sizes)
+    shapes: tuple[Any, ...] = tuple(
+        batch | dict.fromkeys(dims, torch.export.Dim.AUTO) if tensor.dim() else {}
+        for tensor, dims in zip(tensors, sizes, strict=True)
+    )
     try:
         with in_eval_mode(model), _quiet_exporter(), _without_a_look_at_masks():
             with torch.no_grad():
                 output = call(model, two)
+            output_names = names_of_outputs(output, names)
             bare = isinstance(two, Tensor) and isinstance(output, Tensor)
             module: Any = model if bare else _OfTensors(model, samples)
             dynamic: Any = shapes if bare else (shapes,)
@@ -84,7 +89,7 @@ def to_onnx(
                 tuple(tensors),
                 dynamo=True,
                 input_names=[f"given.{place}" for place in range(len(names))],
-                output_names=names_of_outputs(output, names),
+                output_names=[f"found.{place}" for place in range(len(output_names))],
                 dynamic_shapes=dynamic,
                 external_data=False,
                 optimize=True,
@@ -92,7 +97,7 @@ def to_onnx(
             )
         proto: onnx.ModelProto = program.model_proto
         _strip_metadata(proto)
-        _name_inputs(proto, names)
+        _name_values(proto, names, output_names)
         _name_sizes(proto)
         with in_eval_mode(model):
             open_output_sizes_(proto, model, [*shown, two, resize(samples, TRACED + 1)])
@@ -114,15 +119,17 @@ def _can_be_traced(inputs: Inputs, sizes: Sequence[Sequence[int]]) -> bool:
     )
 
 
-def _name_inputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
-    """Call the inputs so. A value of the graph that has such a name ("linear") gets another."""
+def _name_values(proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Call inputs and outputs so. A value of the graph that has such a name ("linear") gets another."""
     graphs = _graphs_of(proto)
     nodes = [node for graph in graphs for node in graph.node]
     taken = {name for node in nodes for name in node.output} | {
         item.name for graph in graphs for item in graph.initializer
     }
-    new = dict(zip((item.name for item in proto.graph.input), names, strict=True))
-    for name in taken & set(names):
+    names = [*inputs, *outputs]
+    ends = (item.name for item in (*proto.graph.input, *proto.graph.output))
+    new = dict(zip(ends, names, strict=True))
+    for name in sorted(taken & set(names)):
         new[name] = next(
             free for free in map(f"{name}_{{}}".format, count(1)) if free not in taken and free not in names
         )
@@ -192,7 +199,7 @@ def _strip_metadata(proto: onnx.ModelProto) -> None:
             node.ClearField("doc_string")
     proto.ClearField("metadata_props")
     proto.ClearField("doc_string")
-    proto.producer_name = "vbdcompress"
+    proto.producer_name = PRODUCER
     proto.ClearField("producer_version")
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.errors import ExportError
 from vbdcompress.exporting.exporter import CHECKER_ERRORS, TRACED, to_onnx
+from vbdcompress.exporting.outputs import outputs_of
 from vbdcompress.exporting.packing import FOLDED, Storage, pack_, rebuilding_graph
 from vbdcompress.files import replacing
 from vbdcompress.inputs import (
@@ -99,7 +100,8 @@ def export_onnx(
         size = partial.stat().st_size
     opset = int(next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")))
     sizes = tuple(tuple(dims) for dims in open_dims(shown))
-    return ExportCheck(opset, size, tuple(batch_sizes), difference, TOLERANCE, packed, sizes)
+    checked = tuple(batch_sizes)
+    return ExportCheck(opset, size, checked, difference, TOLERANCE, packed, sizes, outputs_of(proto))
 
 
 def _write(

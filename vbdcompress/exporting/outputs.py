@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vbdcompress.compare import flatten_output
 from vbdcompress.inputs import Inputs, call, tensors_of
+from vbdcompress.records import OutputRow
 
 OUTPUT = "output"
 
@@ -49,6 +50,19 @@ def _paths(output: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str | int
         items = enumerate(output)
     for key, item in items:
         yield from _paths(item, (*path, key))
+
+
+def outputs_of(proto: onnx.ModelProto) -> tuple[OutputRow, ...]:
+    """What a file says that it gives."""
+    types = [(value.name, value.type.tensor_type) for value in proto.graph.output]
+    return tuple(
+        OutputRow(
+            name,
+            tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim),
+            onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name,
+        )
+        for name, kind in types
+    )
 
 
 @torch.no_grad()
