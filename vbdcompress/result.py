@@ -13,7 +13,12 @@ from vbdcompress.data.loaders import drawn_from, kept_generators, seed_generator
 from vbdcompress.errors import DataError, ExportError
 from vbdcompress.evaluation import Metric
 from vbdcompress.exporting.export import export, file_properties, make_folder, write_onnx
-from vbdcompress.exporting.int8 import first_batches, measure_file_error, quantize_int8
+from vbdcompress.exporting.int8 import (
+    first_batches,
+    measure_file_error,
+    quantize_int8,
+    write_properties,
+)
 from vbdcompress.exporting.latency import measure_latency
 from vbdcompress.exporting.packing import Storage
 from vbdcompress.exporting.preprocessing import inputs_for
@@ -119,20 +124,15 @@ class Result:
             storage=Storage(
                 files.config.packs,
                 {} if files.rounding is None else files.rounding.codes,
-                file_properties(
-                    spec,
-                    files.samples,
-                    sources.record.name,
-                    sources.record.classes,
-                    sources.record.split,
-                    (self.report["error"], self.report["error_split"]),
-                ),
+                self._properties(self.report["error"]),
             ),
         )
         given = inputs_for(spec, files.samples)
-        latency = measure_latency(
-            (files.scratch.folder / ORIGINAL_FILE, files.samples), (folder / "model.onnx", given)
-        )
+        original = files.scratch.folder / ORIGINAL_FILE
+        if spec.embedded:  # to compare with, a file that has the same work to do
+            original = original.with_name("original_of_pixels.onnx")
+            write_onnx(self.original, original, files.samples, spec, others=files.others)
+        latency = measure_latency((original, given), (folder / "model.onnx", given))
         content = with_export(self.report, check, latency)
         if files.config.int8:
             try:
@@ -148,6 +148,14 @@ class Result:
         write_report(content, folder)
         return content
 
+    def _properties(self, error: float) -> dict[str, str]:
+        """What a file says of itself, of this error in percent."""
+        files, record = self.files, self.files.sources.record
+        told = (error, self.report["error_split"])
+        return file_properties(
+            files.sources.input, files.samples, record.name, record.classes, record.split, told
+        )
+
     def _export_int8(self, folder: Path, spec: InputSpec, given: Inputs) -> dict[str, Any]:
         """Write model_int8.onnx; its bytes, errors, and latency beside model.onnx."""
         files, sources = self.files, self.files.sources
@@ -159,15 +167,17 @@ class Result:
         with drawn_from(seed):  # the same examples at each export
             seed_generators(sources.train, seed)
             batches = first_batches(sources.train, CALIBRATION_EXAMPLES)
-            size = quantize_int8(source, path, (inputs_for(spec, inputs) for inputs in batches))
+            quantize_int8(source, path, (inputs_for(spec, inputs) for inputs in batches))
         sets = {"validation": sources.validation, "test": sources.test}
+        errors = {
+            name: measure_file_error(path, batches, files.metric, spec)
+            for name, batches in sets.items()
+            if batches is not None
+        }
+        write_properties(path, self._properties(errors[self.report["error_split"]]))
         return {
-            "bytes": size,
-            "errors": {
-                name: measure_file_error(path, batches, files.metric, spec)
-                for name, batches in sets.items()
-                if batches is not None
-            },
+            "bytes": path.stat().st_size,
+            "errors": errors,
             "latency": [
                 {"batch": row.batch, "float_ms": row.original_ms, "int8_ms": row.slim_ms, "calls": row.calls}
                 for row in measure_latency((folder / "model.onnx", given), (path, given))

@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
+
+from vbdcompress.exporting.int8 import quantize_int8
+from vbdcompress.exporting.onnx_file import export_onnx
 
 from .exported import CASES, export_case, run_here
 
@@ -36,6 +41,17 @@ def test_oldest_onnxruntime_gets_the_same_logits(bits: int, embedded: bool, tmp_
     given, expected = export_case(tmp_path, bits, embedded)
     found = run_oldest(tmp_path / "model.onnx", given, tmp_path)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_oldest_onnxruntime_takes_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(64, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)).eval()
+    export_onnx(model, tmp_path / "float.onnx", samples)
+    quantize_int8(tmp_path / "float.onnx", tmp_path / "int8.onnx", samples.split(16))
+    expected = run_here(tmp_path / "int8.onnx", samples.numpy())
+    found = run_oldest(tmp_path / "int8.onnx", samples.numpy(), tmp_path)
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("path", sorted(EXPORTS.glob("*/model.onnx")), ids=lambda path: path.parent.name)

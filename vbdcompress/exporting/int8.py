@@ -1,16 +1,18 @@
 """8-bit execution: onnxruntime's own static quantisation, calibrated on training examples."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from vbdcompress.errors import ExportError
 from vbdcompress.evaluation import Metric, mean_error
+from vbdcompress.exporting.exporter import PRODUCER
 from vbdcompress.exporting.onnx_file import open_session, run_session
 from vbdcompress.exporting.preprocessing import inputs_for
 from vbdcompress.files import Scratch, replacing
@@ -31,15 +33,13 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return next(self.batches, None)
 
 
-def quantize_int8(source: Path, target: Path, calibration: Iterable[Inputs]) -> int:
+def quantize_int8(source: Path, target: Path, calibration: Iterable[Inputs]) -> None:
     """Write a file that computes in 8-bit integers, with a scale for each output of its weights.
 
     Args:
         source: ONNX file with dense float32 weights.
         target: of the file to write.
         calibration: batches of inputs, to find the range of every intermediate result on.
-    Returns:
-        bytes of the file.
     Raises:
         ExportError: onnxruntime can't quantise it.
     """
@@ -61,11 +61,31 @@ def quantize_int8(source: Path, target: Path, calibration: Iterable[Inputs]) -> 
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
+            _keep_used_operator_sets(partial)
     except Exception as error:  # onnxruntime's own derive from nothing narrower
         raise ExportError(f"int8 of '{source.name}'", f"onnxruntime can't quantise it: {error}") from error
     finally:
         root.setLevel(level)
-    return target.stat().st_size
+
+
+def _keep_used_operator_sets(path: Path) -> None:
+    """onnxruntime names all that it knows, and an older one refuses versions that it does not know."""
+    proto = onnx.load(path)
+    used = {node.domain for node in proto.graph.node} | {""}
+    kept = [item for item in proto.opset_import if item.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    onnx.save(proto, path)
+
+
+def write_properties(path: Path, properties: Mapping[str, str]) -> None:
+    """What a file says of itself, in the place of what it said."""
+    proto = onnx.load(path)
+    proto.producer_name = PRODUCER
+    proto.ClearField("producer_version")
+    onnx.helper.set_model_props(proto, dict(properties))
+    with replacing(path) as partial:
+        onnx.save(proto, partial)
 
 
 def measure_file_error(path: Path, batches: Iterable[Any], metric: Metric, spec: InputSpec) -> float:
