@@ -51,6 +51,18 @@ def test_evaluate_reads_what_an_onnx_file_says_of_itself(cli, finished, tmp_path
     assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_evaluate_takes_a_file_of_a_fixed_batch(cli, finished, tmp_path, batch):
+    told = json.loads((finished / "report.json").read_text())["error"]
+    proto = onnx.load(finished / "model.onnx")
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(proto, tmp_path / "fixed.onnx")
+    code, out, _ = cli("evaluate", tmp_path / "fixed.onnx", "--json")  # 449 examples: a last batch of one
+    assert code == 0
+    assert json.loads(out)["error"] == pytest.approx(told, abs=1e-9)
+
+
 def test_evaluate_takes_the_split_that_a_file_names(cli, tmp_path, zoo):
     out = tmp_path / "out"
     options = ["--arch", "digits", "--data", "digits", "--mean", "0.3", "--std", "0.4", *QUICK]

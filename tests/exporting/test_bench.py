@@ -73,13 +73,25 @@ def test_bench_asks_for_what_it_can_not_know(tmp_path: Path) -> None:
         bench([path], seconds=0.01)
     assert bench([path], batch_sizes=(2,), threads=(1,), dims={"length": 4}, seconds=0.01)
     with pytest.raises(
-        ExportError, match=r"no input has a dimension 'lenght'; named are \['batch', 'length'\]"
+        ExportError, match=r"no input has an open dimension 'lenght'; open are \['batch', 'length'\]"
     ):
         bench([path], dims={"lenght": 4}, seconds=0.01)
     with pytest.raises(ConfigError, match="NAME=SIZE"):
         CliRunner().invoke(command, [str(path), "--dim", "length"], catch_exceptions=False)
     with pytest.raises(ConfigError, match="does not exist"):
         CliRunner().invoke(command, [str(tmp_path / "none.onnx")], catch_exceptions=False)
+
+
+def test_a_dimension_without_a_name_is_called_by_its_place(tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, 3, None])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None, 3, None])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "relu", [value], [output])
+    path, opsets = tmp_path / "unnamed.onnx", [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    with pytest.raises(ExportError, match=r"--dim x\.2=SIZE"):
+        bench([path], seconds=0.01)
+    (row,) = bench([path], batch_sizes=(2,), threads=(1,), dims={"x.2": 4}, seconds=0.01)
+    assert row.timings[0].batch == 2
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,7 @@ def _open_onnx(file: Path) -> _Network:
 
     from vbdcompress.exporting.onnx_file import open_session, run_session
     from vbdcompress.exporting.preprocessing import inputs_for
+    from vbdcompress.inputs import resize
     from vbdcompress.records import InputSpec
 
     session = open_session(file)
@@ -200,9 +201,15 @@ def _open_onnx(file: Path) -> _Network:
         raise DataError("evaluate", f"file '{file}' has malformed properties: {error!r}.") from error
     name, split = own.get("data", data.get("name")), told["validation"]
 
+    size = (session.get_inputs()[0].shape or [None])[0]
+
     def run(inputs: torch.Tensor) -> Any:
         given = inputs if spec is None else inputs_for(spec, inputs)
-        outputs = run_session(session, given)
+        if isinstance(size, int):  # a file of one batch: examples beside the last ones are not counted
+            pieces = [run_session(session, resize(piece, size)) for piece in given.split(size)]
+            outputs = [np.concatenate(parts)[: len(given)] for parts in zip(*pieces, strict=True)]
+        else:
+            outputs = run_session(session, given)
         output = outputs[0] if len(outputs) == 1 else outputs
         return torch.from_numpy(output) if isinstance(output, np.ndarray) else output
 

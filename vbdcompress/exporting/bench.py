@@ -16,7 +16,7 @@ import onnxruntime
 
 from vbdcompress.errors import ExportError
 from vbdcompress.exporting import peak_memory
-from vbdcompress.exporting.feeds import Feeds, batch_of, make_feeds, run_feeds
+from vbdcompress.exporting.feeds import Feeds, batch_of, make_feeds, names_of_dims, run_feeds
 from vbdcompress.exporting.latency import Timing, time_in_turn
 from vbdcompress.exporting.macs import count_macs
 from vbdcompress.exporting.onnx_file import open_session
@@ -125,11 +125,16 @@ def _feeds_by_batch(
 
 def _check_dims(sessions: Sequence[onnxruntime.InferenceSession], dims: Mapping[str, int]) -> None:
     """Raise ExportError for a dimension that no input has."""
-    shapes = [item.shape for session in sessions for item in session.get_inputs()]
-    named = {dim for shape in shapes for dim in shape if isinstance(dim, str)}
+    items = [item for session in sessions for item in session.get_inputs()]
+    named = {
+        name
+        for item in items
+        for name, dim in zip(names_of_dims(item), item.shape, strict=True)
+        if not isinstance(dim, int)
+    }
     for name in dims:
         if name not in named:
-            raise ExportError("--dim", f"no input has a dimension '{name}'; named are {sorted(named)}.")
+            raise ExportError("--dim", f"no input has an open dimension '{name}'; open are {sorted(named)}.")
 
 
 def _bytes_of(path: Path) -> int:

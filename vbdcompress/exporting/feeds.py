@@ -29,7 +29,7 @@ def make_feeds(session: onnxruntime.InferenceSession, batch: int, dims: Mapping[
 
     Args:
         batch: size of each first dimension that the file leaves open.
-        dims: values of named dimensions.
+        dims: values of dimensions by `names_of_dims`.
     Raises:
         ExportError: an input has a dimension that nobody gave, or a type that there are no values for.
     """
@@ -37,11 +37,11 @@ def make_feeds(session: onnxruntime.InferenceSession, batch: int, dims: Mapping[
     feeds: Feeds = {}
     for item in session.get_inputs():
         shape = []
-        for place, dim in enumerate(item.shape):
-            size = dim if isinstance(dim, int) else dims.get(str(dim), batch if place == 0 else None)
+        for place, (dim, name) in enumerate(zip(item.shape, names_of_dims(item), strict=True)):
+            size = dim if isinstance(dim, int) else dims.get(name, batch if place == 0 else None)
             if size is None:
                 raise ExportError(
-                    f"input '{item.name}'", f"has a dimension '{dim}' of any size.", f"--dim {dim}=SIZE"
+                    f"input '{item.name}'", f"has a dimension '{name}' of any size.", f"--dim {name}=SIZE"
                 )
             shape.append(size)
         if item.type not in _DTYPES:
@@ -50,6 +50,11 @@ def make_feeds(session: onnxruntime.InferenceSession, batch: int, dims: Mapping[
         drawn = generator.standard_normal(shape) if np.issubdtype(kind, np.floating) else np.zeros(shape)
         feeds[item.name] = drawn.astype(kind)
     return feeds
+
+
+def names_of_dims(item: Any) -> list[str]:
+    """What each dimension of a session's input is called: by the file, else by its place, as in x.2."""
+    return [dim if isinstance(dim, str) else f"{item.name}.{place}" for place, dim in enumerate(item.shape)]
 
 
 def batch_of(session: onnxruntime.InferenceSession, feeds: Feeds) -> int:
