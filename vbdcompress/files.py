@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
     """A folder to write to; its files move to `folder` together when the block ends well, else go."""
-    for left in folder.glob(".*.part"):  # of one that was killed
+    for left in folder.glob(".[0-9]*.part"):  # of one that was killed
         shutil.rmtree(left, ignore_errors=True)
     new = folder / f".{os.getpid()}.part"
     new.mkdir(parents=True)

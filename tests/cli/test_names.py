@@ -1,10 +1,14 @@
 """Names of files and folders are printed as they are, whatever rich would make of them."""
 
+import io
 import shutil
+import sys
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
+
+from vbdcompress.cli.main import main
 
 # rich's markup for bold, an emoji of its own, and a closing tag
 NAME = "net[bold]:bee:[/bold]"
@@ -62,3 +66,12 @@ def test_bench_prints_names_as_they_are(cli, place):
     code, out, _ = cli("bench", NAME, "--batch", "1", "--threads", "1", "--seconds", "0.01")
     assert code == 0
     assert f"{NAME}/model.onnx" in out
+
+
+def test_a_name_that_the_console_can_not_show_ends_nothing(place, monkeypatch):
+    (place / "\N{CJK UNIFIED IDEOGRAPH-672C}").mkdir()
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    main(["zoo", "\N{CJK UNIFIED IDEOGRAPH-672C}"])
+    sys.stdout.flush()
+    assert b"No checkpoints in '?'." in written.getvalue()

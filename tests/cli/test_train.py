@@ -124,7 +124,8 @@ def write_images(folder):
             Image.new("RGB", (4, 4), (grey + number, grey, grey)).save(folder / name / f"{number}.png")
 
 
-def test_train_warns_of_a_folder_that_it_does_not_read(cli, tmp_path):
+def test_train_warns_of_a_folder_that_it_does_not_read(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
     for part in ("train", "val", "test"):
         write_images(tmp_path / "images" / part)
     (tmp_path / "mine.py").write_text(NETWORK)

@@ -39,6 +39,11 @@ REACHING_OUT = {
     *("weights", "weights_backbone"),
 }
 
+_TRUST = (
+    "If you trust it, say so yourself: --arch {name}, from Python load(path, arch={name!r}); "
+    "or build the original: load_slim(path, model=MyNetwork())"
+)
+
 
 def build_architecture(
     name: str, arguments: Mapping[str, Any] | None = None, *, trusted: bool = False
@@ -59,7 +64,7 @@ def build_architecture(
         raise LoadError(
             f"architecture '{name}'",
             f"has arguments in the file that make it read or download others: {', '.join(reaching_out)}.",
-            f"If you trust it, say so yourself: --arch {name}, from Python arch={name!r}",
+            _TRUST.format(name=name),
         )
     if not isinstance(name, str) or not isinstance(arguments or {}, Mapping):
         raise LoadError(
@@ -90,7 +95,7 @@ def _find_builder(name: str, trusted: bool) -> Callable[..., nn.Module]:
         raise LoadError(
             f"architecture '{name}'",
             "is named inside the file, and to build it would run code of the file's choosing.",
-            f"If you trust it, say so yourself: --arch {name}, from Python arch={name!r}",
+            _TRUST.format(name=name),
         )
     if colon:
         return _user_builder(source, member)

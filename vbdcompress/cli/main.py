@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -62,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name that a console can't show must not end a run
     try:
         _group.main([item for item in given if item != "--debug"], standalone_mode=False)
     except click.exceptions.Exit as ended:
