@@ -1,6 +1,8 @@
 """Stacked recurrent layers in the open are those of torch; their gates act on weights, for one call."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from vbdcompress.attention import HeadAttention
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.conversion import convert
+from vbdcompress.exporting.export import export
+from vbdcompress.exporting.slim_file import load_slim
 from vbdcompress.opening import open_layers_
 from vbdcompress.recurrent import StackedRecurrent, recurrent_parameters
 from vbdcompress.slimming import slim
@@ -249,3 +253,43 @@ def test_a_weight_to_skip_keeps_its_layer_whole() -> None:
     skip = ["stem.weight", "rnn.weight_hh_l0"]
     converted = convert(Built("plain", 1), torch.randn(7, 4, 5), "weights", skip=skip)
     assert not converted.scan.removable
+
+
+class Shared(nn.Module):
+    """One layer that is applied twice, under two names."""
+
+    def __init__(self, build: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([build()] * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        for block in self.blocks:
+            given = [hidden] * (3 if isinstance(block, nn.MultiheadAttention | HeadAttention) else 1)
+            hidden = hidden + block(*given)[0]
+        output: Tensor = self.head(hidden.mean(1))
+        return output
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.GRU(8, 8, num_layers=2, batch_first=True),
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+    ],
+    ids=["GRU", "attention"],
+)
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+def test_a_layer_under_two_names_stays_one(build: Callable[[], nn.Module], mode: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, original = torch.randn(4, 5, 6), Shared(build)
+    before = sum(each.numel() for each in original.parameters())
+    slimmed = slim(convert(original, x, mode), 50.0)
+    assert slimmed.model.blocks[0] is slimmed.model.blocks[1]
+    assert sum(each.numel() for each in slimmed.model.parameters()) <= before
+    export(slimmed.model, tmp_path, x, plans=[slimmed.plan])
+    loaded = load_slim(tmp_path / "slim.safetensors", model=Shared(build))
+    assert loaded.blocks[0] is loaded.blocks[1]
+    with torch.no_grad():
+        assert torch.equal(loaded(x), slimmed.model.eval()(x))

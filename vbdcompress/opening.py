@@ -15,10 +15,13 @@ def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None
 
     Args:
         names: of the modules, "" for the network itself; None takes all. One that is opened already stays.
+            One that stands under several names is opened under all of them.
     """
-    replaced: dict[int, nn.Module | None] = {}  # one module may stand under several names
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if names is None or name in names:
+    replaced: dict[int, nn.Module | None] = {}
+    modules = list(model.named_modules(remove_duplicate=False))
+    wanted = {id(module) for name, module in modules if names is None or name in names}
+    for name, module in modules:
+        if id(module) in wanted:
             if id(module) not in replaced:
                 hooked = module._forward_hooks or module._forward_pre_hooks  # they would be lost
                 replaced[id(module)] = None if hooked else open_attention(module) or open_recurrent(module)
