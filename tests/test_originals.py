@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +163,18 @@ def test_functions_that_a_copy_takes_along_are_no_hindrance():
             for parameter in model.parameters():
                 parameter.zero_()
         torch.testing.assert_close(converted.undo()(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+def test_a_network_that_draws_in_eval_mode_is_refused(mode: Any):
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 9), nn.Linear(9, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.b(F.dropout(self.a(x).relu()))
+            return output
+
+    with pytest.raises(ConvertError, match=r"with what is drawn\.\nNoise and dropout are for training"):
+        convert(Drops(), torch.rand(2, 8), mode)

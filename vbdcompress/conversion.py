@@ -16,7 +16,7 @@ from vbdcompress.evaluation import with_gradients
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.matrices import why_no_matrix
-from vbdcompress.originals import check_model, copy_of, open_where_alike, unwrap
+from vbdcompress.originals import check_model, check_noise, copy_of, open_where_alike, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
@@ -128,6 +128,7 @@ def convert(
     check_model(model, example)  # without gradients: weights that hooks compute can be copied then
     converted = copy_of(model)
     called = check_model(converted, example, of=model)
+    check_noise(converted, example)
     for module in converted.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients are of no use where every weight has a KL

@@ -22,6 +22,7 @@ from vbdcompress.vbd.posterior import find_posteriors
 
 # Largest difference of what is the same function, relative to the largest output, in float32
 ALIKE = 1e-3
+NO_NOISE = "Noise and dropout are for training: F.dropout(x, training=self.training), or an nn.Dropout."
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -273,8 +274,18 @@ def open_where_alike(model: nn.Module, names: Collection[str], example: Inputs) 
     return found
 
 
+def check_noise(model: nn.Module, example: Inputs) -> None:
+    """Raise ConvertError where outputs depend on what is drawn: no cut could be proved. The model stays."""
+    one, other = (_outputs(copy.deepcopy(model), example, seed) for seed in (0, 1))
+    difference = relative_difference(one, other)
+    if one and difference > ALIKE:
+        raise ConvertError(
+            "convert", f"in eval mode, outputs differ by {difference:.1g} with what is drawn.", NO_NOISE
+        )
+
+
 @torch.no_grad()
-def _outputs(model: nn.Module, example: Inputs) -> list[Tensor]:
+def _outputs(model: nn.Module, example: Inputs, seed: int = 0) -> list[Tensor]:
     with in_eval_mode(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return flatten_output(call(model, to_device(example, device_of(model))))

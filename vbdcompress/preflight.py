@@ -15,7 +15,7 @@ from vbdcompress.exporting.onnx_file import TOLERANCE
 from vbdcompress.exporting.preprocessing import check_pixels
 from vbdcompress.inputs import Inputs, batch_size, call, example_shape, first, in_eval_mode, shapes_of
 from vbdcompress.judging import check_classes, check_labels, check_logits, try_loss, try_metric
-from vbdcompress.originals import check_storable
+from vbdcompress.originals import NO_NOISE, check_storable
 from vbdcompress.sources import Sources
 
 
@@ -86,7 +86,7 @@ def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:
         raise ConvertError(
             "convert",
             f"in eval mode, outputs for the same inputs differ by {difference:.1g} from call to call.",
-            "Noise and dropout are for training: F.dropout(x, training=self.training), or an nn.Dropout.",
+            NO_NOISE,
         )
     return outputs
 
