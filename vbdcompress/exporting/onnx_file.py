@@ -37,6 +37,8 @@ from vbdcompress.rounding import Array, Rounded
 # Largest |onnxruntime - torch| over the largest |torch|, float32 sums in another order
 TOLERANCE = 1e-4
 BATCH_SIZES = (1, 7)
+# What onnxruntime says of operators that it has for other types
+_OF_OTHER_TYPES = "NOT_IMPLEMENTED"
 _DENSE_INSTEAD = "Please report the network; --no-pack writes the dense file."
 
 
@@ -161,7 +163,9 @@ def open_session(file: Path | bytes, threads: int = 0) -> onnxruntime.InferenceS
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types are not importable by name
         name = "the exported graph" if isinstance(file, bytes) else f"file '{file}'"
-        raise ExportError(name, f"onnxruntime can't load it: {error}") from error
+        advice = "Some operators it has in single precision alone: model.float()"
+        told = f"onnxruntime can't load it: {error}"
+        raise ExportError(name, told, advice if _OF_OTHER_TYPES in str(error) else "") from error
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[Any]:
