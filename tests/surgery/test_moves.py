@@ -58,6 +58,19 @@ def halves_of_two() -> nn.Module:
     return Pattern(forward, a=conv(3, 6), b=conv(3, 6), c=conv(6, 5), d=conv(6, 5), head=nn.Linear(5, 4))
 
 
+def quarters() -> nn.Module:
+    """Each quarter is added to what the one before gave: the last could go alone, the others only with it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        parts = m.a(x).relu().chunk(4, 1)
+        found = [parts[0]]
+        for layer, part in zip((m.b, m.c, m.d), parts[1:], strict=True):
+            found.append(layer(part + found[-1]).relu())
+        return m.head(pool(torch.cat(found, 1)))
+
+    return Pattern(forward, a=conv(3, 16), b=conv(4, 4), c=conv(4, 4), d=conv(4, 4), head=nn.Linear(16, 4))
+
+
 def last_channels() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a(x).relu()
@@ -142,6 +155,7 @@ CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (concat_of_several, {"a": 6, "b": 4, "c": 5}),
     (halves, {"a": 4, "b": 6}),  # as many of either half
     (halves_of_two, {"a": "can't run without", "c": 5}),
+    (quarters, {"a": 4, "d": 4}),
     (last_channels, {"a": 6, "a (2)": "can't run without", "b": 5}),
     (view_before_linear, {"a": 6, "fc": 10}),
     (pixel_shuffle, {"a": 4, "b": 6}),  # four channels of `a` make one of its reader's

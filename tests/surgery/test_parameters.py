@@ -137,6 +137,31 @@ def buffer_of_numbers() -> nn.Module:
     return Held(forward, a=conv(3, 6), b=conv(6, 5), head=nn.Linear(5, 4)).hold(numbers=torch.rand(6))
 
 
+def fusion_weights() -> nn.Module:
+    """A feature pyramid's: a weight for each of the maps that are added."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        share = m.share.softmax(0)
+        return m.head(pool(m.c((share[0] * y + share[1] * m.b(y)).relu()).relu()))
+
+    model = Pattern(forward, a=conv(3, 6), b=conv(6, 6), c=conv(6, 5), head=nn.Linear(5, 4))
+    model.share = nn.Parameter(torch.rand(2))
+    return model
+
+
+def learned_adjacency() -> nn.Module:
+    """A graph network's: places mix, channels do not."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.adjacency @ m.a(x.flatten(2).transpose(1, 2)).relu()
+        return m.head((m.b(y) * m.places).relu().mean(1))
+
+    model = Pattern(forward, a=nn.Linear(3, 6), b=nn.Linear(6, 5), head=nn.Linear(5, 4))
+    model.adjacency, model.places = nn.Parameter(torch.rand(64, 64)), nn.Parameter(torch.rand(1, 64, 1))
+    return model
+
+
 # Network -> what of it can go, by the layers that write it
 CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (scale_of_two, {"a": 7, "b": 5, "c": 6}),
@@ -148,6 +173,8 @@ CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (slopes_by_head, {"a": 6, "q": 4, "out": 7}),
     (buffer_of_numbers, {"a": 6, "b": 5}),
     (bare_matrix, {"a": "mixes its channels", "b": 5}),
+    (fusion_weights, {"a": 6, "c": 5}),
+    (learned_adjacency, {"a": 6, "b": 5}),
 ]
 NAMES = [build.__name__ for build, _ in CASES]
 

@@ -17,7 +17,7 @@ from vbdcompress.recurrent import Recurrent
 from vbdcompress.surgery.match import Place
 from vbdcompress.surgery.probe import Recording, record
 from vbdcompress.surgery.roles import role_of
-from vbdcompress.surgery.ties import OUTPUT, Ties
+from vbdcompress.surgery.ties import UNREAD, Ties
 from vbdcompress.surgery.walk import tensor_of
 from vbdcompress.surgery.weights import Index, layer_widths
 
@@ -83,6 +83,7 @@ class ChannelGroup:
         parameters: others with something for each channel on the way: a scale, a table of heads.
         widths: names under which the writers' module may keep the number of channels of all these heads.
         foldable: whether nothing but the writers decides what the readers are given; see `influence`.
+        suspect: what keeps it whole where its trial fails; None: what the trial says.
     """
 
     name: str
@@ -94,6 +95,7 @@ class ChannelGroup:
     parameters: tuple[Parameter, ...] = ()
     widths: tuple[str, ...] = HEAD_WIDTHS
     foldable: bool = True
+    suspect: str | None = None
 
     @property
     def is_features(self) -> bool:
@@ -228,9 +230,10 @@ def _tied_writers(places: _Places) -> list[list[str]]:
 def _build_groups(model: nn.Module, recording: Recording, ties: Ties) -> Iterator[ChannelGroup]:
     """Each set of layers whose outputs are tied, as one group; in the order in which they run."""
     places = _find_places(model, recording, ties)
-    why: dict[Place, str] = {}
-    for place, told in ties.reasons:
-        why.setdefault(ties.find(place), told)
+    why, suspects = dict[Place, str](), dict[Place, str]()
+    for known, pairs in ((why, ties.reasons), (suspects, ties.suspects)):
+        for place, told in pairs:
+            known.setdefault(ties.find(place), told)
     for layers in _tied_writers(places):
         numbers: dict[Place, int] = {}
         for layer in layers:
@@ -240,13 +243,17 @@ def _build_groups(model: nn.Module, recording: Recording, ties: Ties) -> Iterato
             tuple(_members(found, numbers))
             for found in ({layer: places.writers[layer] for layer in layers}, places.readers, places.between)
         )
-        reason = next((why[place] for place in numbers if place in why), None)
+        reason, suspect = (
+            next((known[place] for place in numbers if place in known), None) for known in (why, suspects)
+        )
         if reason is None and not readers:
-            reason = OUTPUT
+            reason = UNREAD
         elif reason is None and len(numbers) == 1 and len(writers[0].index) > 1:
-            reason = "what lies behind it mixes its channels, so that none can go alone"
+            reason = suspect or "what lies behind it mixes its channels, so that none can go alone"
         parameters = tuple(_parameters(model, ties, numbers))
-        yield ChannelGroup(layers[0], len(numbers), writers, readers, between, reason, parameters)
+        yield ChannelGroup(
+            layers[0], len(numbers), writers, readers, between, reason, parameters, suspect=suspect
+        )
 
 
 def _members(places: dict[str, list[Place]], numbers: dict[Place, int]) -> Iterator[Member]:

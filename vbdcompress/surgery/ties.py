@@ -12,6 +12,7 @@ from vbdcompress.surgery.probe import Reading
 from vbdcompress.surgery.weights import keeps_groups_apart, shares
 
 OUTPUT = "no layer reads it: it is an output of the network"
+UNREAD = "no layer is seen to read it: its result is not used, or no gradient follows it"
 _SPREAD = "its one channel works on all channels of others"
 _SHARED = "its channels work on all channels of others"
 
@@ -22,6 +23,7 @@ class Ties:
     def __init__(self) -> None:
         self.parent: dict[Place, Place] = {}
         self.reasons: list[tuple[Place, str]] = []
+        self.suspects: list[tuple[Place, str]] = []  # what is to blame where a trial fails
         self.from_network_input: dict[str, bool] = {}
         self.parameters: dict[tuple[str, int], None] = {}  # (name, dimension) of those tied to channels
 
@@ -55,8 +57,9 @@ class Ties:
             reason = "its reader picks single features of it by a gather"
         elif reading.blocked:
             reason = reading.blocked
-        elif reading.bare:
-            reason = f"bare parameter '{reading.bare[0]}' works on its channels"
+        elif reading.bare:  # a cut may be exact all the same: the trial tells
+            suspect = f"bare parameter '{reading.bare[0]}' works on its channels"
+            self.suspects += [(place, suspect) for place in reading.places]
         if reason is not None:
             self.reasons += [(place, reason) for place in reading.places]
         together = Counter(place[:2] for place in reading.spread)

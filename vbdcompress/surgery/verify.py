@@ -84,7 +84,10 @@ def _try_scan(trial: nn.Module, inputs: Inputs, scan: GroupScan, seed: int) -> G
         masks = draw(trusted, seed)
         last = draw is _uneven_masks
         wrong = dict(_find_wrong(trial, inputs, trusted, masks, training=last)) if trusted else {}
-        groups = (group.whole(wrong[group.name]) if group.name in wrong else group for group in scan.groups)
+        groups = (
+            group.whole(group.suspect or wrong[group.name]) if group.name in wrong else group
+            for group in scan.groups
+        )
         scan = replace(scan, groups=tuple(groups))
     return scan
 
@@ -110,6 +113,9 @@ def _in_parts(trial: nn.Module, inputs: Inputs, group: ChannelGroup, seed: int) 
     if len(rest) > 1 and len({len(part) for part in rest}) == 1 and goes(take(group, rest)):
         found.append(rest)
         rest = []
+    # what could go alone can also go with the others, who need it
+    if rest and len({len(part) for part in parts}) == 1 and goes(take(group, parts)):
+        found, rest = [parts], []
     if not found:
         return [group]
     groups = [take(group, channels) for channels in found]
