@@ -210,3 +210,24 @@ def test_a_layer_that_holds_others_comes_back_with_them() -> None:
     assert dict(found.named_parameters()).keys() == dict(model.named_parameters()).keys()
     groups = {group.name: group.size for group in convert(found, x).scan.removable}
     assert groups == {"0.down": 2, "0.up": 5}
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 8), nn.Linear(2, 2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, three, four = self.a(x).relu().chunk(4, 1)  # of 6 channels it makes three parts
+        two = self.b(one + two).relu()
+        output: Tensor = self.head(torch.cat([one, two, three, four], 1))
+        return output
+
+
+def test_a_trial_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(
+        Parts().eval(), (torch.randn(4, 3),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    capfd.readouterr()
+    convert(from_exported(program), torch.randn(4, 3))
+    assert capfd.readouterr() == ("", "")

@@ -8,10 +8,12 @@ from torch import nn
 from vbdcompress.compare import flatten_output
 from vbdcompress.inputs import Inputs, call, noting_calls
 from vbdcompress.surgery.groups import TRACE_ERRORS
+from vbdcompress.surgery.plain import without_checkpointing
 
 NO_GRADIENT = "no gradient reaches it: the network's own code detaches it, or does not use it"
 
 
+@without_checkpointing()
 def without_gradient(model: nn.Module, example: Inputs) -> set[str]:
     """Names of the parameters that no gradient reaches from the network's output.
 

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from math import gcd
 from typing import Any
 
@@ -33,6 +35,7 @@ from vbdcompress.surgery.groups import (
 from vbdcompress.surgery.influence import heed_influences, why_not_training
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.partition import parts_of, take
+from vbdcompress.surgery.plain import without_checkpointing
 from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.trial import trial_copy
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
@@ -42,6 +45,7 @@ TRIAL_SHARE = 0.3
 _WRITTEN_SIZE = "a size is written in its code; in what torch.export makes of the network it may follow"
 
 
+@without_checkpointing()
 def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, seed: int = 0) -> GroupScan:
     """The network's channel groups, each either proven exact or left whole with the reason.
 
@@ -229,7 +233,8 @@ def _try_groups(
         for layer, factors in gates.items():
             scale_inputs_(layer, factors)
         apply_plan_(trial, plan_removal_(trial, groups, inputs))
-        found = flatten_output(call(trial, inputs))
+        with redirect_stderr(StringIO()):  # a graph of torch.fx prints what it raises
+            found = flatten_output(call(trial, inputs))
     except TRACE_ERRORS as error:
         fixed = "is invalid for input of size" in str(error) or "unflatten" in str(error)
         return f"the network can't run without some of its channels: {type(error).__name__}: {error}" + (
