@@ -323,7 +323,7 @@ def test_channels_are_followed_through_what_is_computed_again(reentrant: bool) -
     before = dict(vars(checkpointing))
     converted = convert(Checkpointed(reentrant), torch.randn(4, 6))
     assert [(group.name, group.size) for group in converted.scan.removable] == [("a", 8), ("b", 7)]
-    assert vars(checkpointing) == before
+    assert {name: vars(checkpointing)[name] for name in before} == before
     trained = converted.model.train()
     trained(torch.randn(4, 6)).sum().backward()  # as torch does it
     assert all(each.grad is not None for each in trained.head.parameters())
