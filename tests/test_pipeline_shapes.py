@@ -157,6 +157,13 @@ def test_an_input_spec_of_another_shape_is_refused():
         compress(Tokens(), loader, validation=loader, input=InputSpec((8,)))
 
 
+def test_a_normalisation_of_other_channels_is_refused():
+    images = [(torch.rand(6, 3, 4, 4), torch.arange(6) % 2)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(ConfigError, match="InputSpec has 2 numbers in mean, the examples have 3 channels"):
+        compress(model, images, validation=images, input=InputSpec((3, 4, 4), (0.5, 0.5), (0.2, 0.2)))
+
+
 def test_a_network_that_takes_time_first_is_refused():
     batches = [(torch.randint(1, 20, (9, 6)), torch.arange(6) % 2) for _ in range(3)]
     with pytest.raises(ConvertError, match=r"(?s)outputs have 6 .* have 9 or 2 .*batch_first=True"):

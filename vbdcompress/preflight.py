@@ -44,6 +44,13 @@ def check_run(
             f"InputSpec says examples of shape {list(shape)}, the loader's are {shapes}.",
             "An empty shape takes the loader's: InputSpec((), mean, std)",
         )
+    for name, values in (("mean", sources.input.mean), ("std", sources.input.std)):
+        if shape and len(values) not in (0, 1, shape[0]):
+            raise ConfigError(
+                "input",
+                f"InputSpec has {len(values)} numbers in {name}, the examples have {shape[0]} channels.",
+                "One for each channel, one for all, or none.",
+            )
     told = sources.input.mean and sources.input.std
     if config.embed_preprocessing and not (told and isinstance(samples, torch.Tensor)):
         raise ConfigError(
