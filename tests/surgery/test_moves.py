@@ -40,6 +40,9 @@ def concat_of_several() -> nn.Module:
     return Pattern(forward, a=conv(3, 6), b=conv(3, 4), c=conv(19, 5), head=nn.Linear(5, 4))
 
 
+WIDTHS = {"g": (6, 5), "r": (5, 6), "k": (5, 7)}
+
+
 def halves() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         left, right = m.a(x).relu().chunk(2, 1)
@@ -69,6 +72,21 @@ def quarters() -> nn.Module:
         return m.head(pool(torch.cat(found, 1)))
 
     return Pattern(forward, a=conv(3, 16), b=conv(4, 4), c=conv(4, 4), d=conv(4, 4), head=nn.Linear(16, 4))
+
+
+def called_in_vain() -> nn.Module:
+    """A stream with a way out of each step, as WaveNet has it: nothing reads the last step's addition."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, out = m.a(x), torch.zeros(())
+        for gate, back, away in ((m.g1, m.r1, m.k1), (m.g2, m.r2, m.k2)):
+            z = gate(y).tanh()
+            out = out + away(z)
+            y = y + back(z)
+        return m.head(pool(out.relu()))
+
+    steps = {f"{name}{n}": conv(*sizes) for n in (1, 2) for name, sizes in WIDTHS.items()}
+    return Pattern(forward, a=conv(3, 6), **steps, head=nn.Linear(7, 4))
 
 
 def last_channels() -> nn.Module:
@@ -156,6 +174,7 @@ CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
     (halves, {"a": 4, "b": 6}),  # as many of either half
     (halves_of_two, {"a": "can't run without", "c": 5}),
     (quarters, {"a": 4, "d": 4}),
+    (called_in_vain, {"a": 6, "g1": 5, "k1": 7, "g2": "'r2' reads it; no gradient reaches it"}),
     (last_channels, {"a": 6, "a (2)": "can't run without", "b": 5}),
     (view_before_linear, {"a": 6, "fc": 10}),
     (pixel_shuffle, {"a": 4, "b": 6}),  # four channels of `a` make one of its reader's

@@ -5,13 +5,14 @@ go, the others are as many as the network's code says. Code that takes a tensor 
 lose alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
+from torch import nn
 
-from vbdcompress.surgery.groups import NOT_HERE, ChannelGroup, Member
+from vbdcompress.surgery.groups import NOT_HERE, READ_WIDTHS, ChannelGroup, Member
 from vbdcompress.surgery.weights import Index
 
 # More different ways through the network than this are no parts, but a shuffle
@@ -58,3 +59,58 @@ def take(group: ChannelGroup, parts: Sequence[Index]) -> ChannelGroup:
         parameters=of(group.parameters),
         foldable=group.foldable,
     )
+
+
+def in_parts(
+    trial: nn.Module, group: ChannelGroup, goes: Callable[[ChannelGroup], bool]
+) -> list[ChannelGroup]:
+    """A group that failed: with a width of its module's kept; or each part that goes alone, others in equal
+    shares where they do, and the rest.
+
+    Args:
+        trial: the network.
+        goes: whether the trial of a group finds it exact.
+    """
+    reason = group.whole_because or ""
+    fewer = replace(group, whole_because=None, widths=tuple(n for n in group.widths if n not in READ_WIDTHS))
+    owners = {trial.get_submodule(member.layer.rpartition(".")[0]) for member in group.writers}
+    if any(hasattr(owner, name) for owner in owners for name in READ_WIDTHS) and goes(fewer):
+        return [fewer]
+    parts = parts_of(group)
+    single = [part for part in parts if goes(take(group, [part]))]
+    found = [[part] for part in single]
+    rest = [part for part in parts if not any(part is other for other in single)]
+    if len(rest) > 1 and _alike(rest) and goes(take(group, rest)):
+        found.append(rest)
+        rest = []
+    # what could go alone can also go with the others, who need it
+    if rest and _alike(parts) and goes(take(group, parts)):
+        found, rest = [parts], []
+    if not found:
+        return [group]
+    groups = [take(group, channels) for channels in found]
+    if rest:
+        groups.append(take(group, [np.concatenate(rest)]).whole(reason))
+    names = [group.name, *(f"{group.name} ({number})" for number in range(2, len(groups) + 1))]
+    return [replace(part, name=name) for part, name in zip(groups, names, strict=True)]
+
+
+def _alike(parts: Sequence[Index]) -> bool:
+    return len({len(part) for part in parts}) == 1
+
+
+def beside_unread(
+    group: ChannelGroup, unread: Sequence[ChannelGroup], goes: Callable[[ChannelGroup], bool]
+) -> ChannelGroup | None:
+    """A group that failed, with a layer that adds to its channels what nothing reads; None: there is none.
+
+    The last of a stream's layers may be called in vain: where nothing follows it, no derivative says what
+    it meets.
+    """
+    for other in unread:
+        if other.channels == group.size:
+            writers = tuple(Member(each.layer, np.arange(len(each.index))) for each in other.writers)
+            met = replace(group, whole_because=None, writers=(*group.writers, *writers))
+            if goes(met):
+                return met
+    return None

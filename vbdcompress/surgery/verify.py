@@ -26,7 +26,6 @@ from vbdcompress.inputs import Inputs, call, input_of, map_tensors
 from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_units
 from vbdcompress.surgery.groups import (
     NOT_HERE,
-    READ_WIDTHS,
     TRACE_ERRORS,
     ChannelGroup,
     GroupScan,
@@ -34,9 +33,10 @@ from vbdcompress.surgery.groups import (
 )
 from vbdcompress.surgery.influence import heed_influences, why_not_training
 from vbdcompress.surgery.liveness import plan_removal_
-from vbdcompress.surgery.partition import parts_of, take
+from vbdcompress.surgery.partition import beside_unread, in_parts
 from vbdcompress.surgery.plain import without_checkpointing
 from vbdcompress.surgery.slice import apply_plan_
+from vbdcompress.surgery.ties import UNREAD
 from vbdcompress.surgery.trial import trial_copy
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
 from vbdcompress.surgery.weights import Index, Reader, input_dim, scale_inputs_
@@ -72,9 +72,22 @@ def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: b
     traced = heed_influences(trial, inputs, traced)
     scan = _try_scan(trial, inputs, traced, seed)
     groups: list[ChannelGroup] = []
+    unread = [group for group in scan.groups if group.whole_because == UNREAD]
+
+    def goes(group: ChannelGroup) -> bool:
+        alone = GroupScan((group,))
+        return (
+            bool(group.readers) and group.size > 1 and bool(_try_scan(trial, inputs, alone, seed).removable)
+        )
+
     for before, after in zip(traced.groups, scan.groups, strict=True):
         failed = before.whole_because is None and after.whole_because is not None
-        groups += _in_parts(trial, inputs, after, seed) if failed else [after]
+        met = beside_unread(after, unread, goes) if failed else None
+        if met is not None:
+            unread = [group for group in unread if group.name not in {each.layer for each in met.writers}]
+        groups += [met] if met else in_parts(trial, after, goes) if failed else [after]
+    left = {group.name for group in unread}
+    groups = [group for group in groups if group.whole_because != UNREAD or group.name in left]
     proven = {id(group) for group in scan.groups}
     if all(id(group) in proven for group in groups):
         return scan
@@ -94,39 +107,6 @@ def _try_scan(trial: nn.Module, inputs: Inputs, scan: GroupScan, seed: int) -> G
         )
         scan = replace(scan, groups=tuple(groups))
     return scan
-
-
-def _in_parts(trial: nn.Module, inputs: Inputs, group: ChannelGroup, seed: int) -> list[ChannelGroup]:
-    """A group that failed: with a width of its module's kept; or each part that goes alone, others in equal
-    shares where they do, and the rest.
-    """
-    reason = group.whole_because or ""
-
-    def goes(part: ChannelGroup) -> bool:
-        alone = GroupScan((part,))
-        return bool(part.readers) and part.size > 1 and bool(_try_scan(trial, inputs, alone, seed).removable)
-
-    fewer = replace(group, whole_because=None, widths=tuple(n for n in group.widths if n not in READ_WIDTHS))
-    owners = {trial.get_submodule(member.layer.rpartition(".")[0]) for member in group.writers}
-    if any(hasattr(owner, name) for owner in owners for name in READ_WIDTHS) and goes(fewer):
-        return [fewer]
-    parts = parts_of(group)
-    single = [part for part in parts if goes(take(group, [part]))]
-    found = [[part] for part in single]
-    rest = [part for part in parts if not any(part is other for other in single)]
-    if len(rest) > 1 and len({len(part) for part in rest}) == 1 and goes(take(group, rest)):
-        found.append(rest)
-        rest = []
-    # what could go alone can also go with the others, who need it
-    if rest and len({len(part) for part in parts}) == 1 and goes(take(group, parts)):
-        found, rest = [parts], []
-    if not found:
-        return [group]
-    groups = [take(group, channels) for channels in found]
-    if rest:
-        groups.append(take(group, [np.concatenate(rest)]).whole(reason))
-    names = [group.name, *(f"{group.name} ({number})" for number in range(2, len(groups) + 1))]
-    return [replace(part, name=name) for part, name in zip(groups, names, strict=True)]
 
 
 def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
