@@ -1,14 +1,21 @@
 """Batch norm's running statistics, and layers that the user froze."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from vbdcompress.config import FitConfig
+from vbdcompress.conversion import convert
 from vbdcompress.errors import FitError
+from vbdcompress.exporting.slim_file import load_slim
 from vbdcompress.fitting import fit
-from vbdcompress.norms import reestimate_batch_norm_
+from vbdcompress.norms import reestimate_batch_norm_, train_
 from vbdcompress.pipeline import compress
+from vbdcompress.vbd.elbo import ELBO
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -162,3 +169,67 @@ def test_a_norm_that_does_not_count_its_batches_keeps_its_new_statistics() -> No
     model, data = nn.Sequential(Own(3)), 4 + torch.randn(50, 3)
     reestimate_batch_norm_(model, [(data, torch.zeros(50))])
     torch.testing.assert_close(model[0].running_mean, data.mean(0))
+
+
+class Half(nn.Module):
+    """A part of it stays in eval mode while the rest trains, as fine-tuning code often has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU())
+        self.head = nn.Linear(5, 3)
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.body.eval()  # and gives nothing back
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.body(x))
+        return output
+
+
+@pytest.mark.parametrize("mode", ["channels", "weights"])
+def test_what_a_network_keeps_in_eval_mode_draws_all_the_same(mode: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    converted = convert(Half(), x, mode)
+    elbo = ELBO(converted.model, cross_entropy, 8)
+    elbo.train()
+    body = converted.model.body
+    assert not torch.equal(body(x), body(x))
+    converted.model.eval()
+    assert torch.equal(body(x), body(x))
+    train_(converted.model)
+    assert not torch.equal(body(x), body(x))
+
+
+def test_a_network_whose_train_gives_nothing_back_goes_the_whole_way(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    batches = [(x, x[:, :3].argmax(1))]
+    with pytest.warns(UserWarning, match="no test set"):
+        result = compress(Half(), batches, validation=batches, epochs=2, finetune_epochs=1, mode="weights")
+    result.export(tmp_path)
+    loaded = load_slim(tmp_path / "slim.safetensors", model=Half())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), result.model(x))
+
+
+def test_a_norm_that_is_called_twice_takes_the_average_of_both() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            output: Tensor = self.norm(one) + self.norm(input=other)
+            return output
+
+    torch.manual_seed(0)
+    one, other = torch.randn(60, 3), torch.randn(60, 3) + 4
+    batches = [((one[part], other[part]), None) for part in (slice(20), slice(20, 60))]
+    model = Siamese()
+    reestimate_batch_norm_(model, batches)
+    torch.testing.assert_close(model.norm.running_mean, torch.cat([one, other]).mean(0))
+    assert model.norm.momentum == 0.1
+    assert not model.norm._forward_pre_hooks

@@ -43,7 +43,8 @@ def as_double(tensor: Tensor) -> Tensor:
 
 def double_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in eval mode, all numbers in double precision; torch's own leaves complex ones."""
-    copied = copy.deepcopy(model).cpu().double().eval()
+    copied = copy.deepcopy(model).cpu().double()
+    copied.eval()
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.is_complex():
             tensor.data = tensor.data.to(torch.complex128)

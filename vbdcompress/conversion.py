@@ -16,6 +16,7 @@ from vbdcompress.evaluation import with_gradients
 from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.matrices import why_no_matrix
+from vbdcompress.modes import evaluated
 from vbdcompress.originals import check_model, check_noise, copy_of, open_where_alike, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import LayerRow
@@ -74,7 +75,7 @@ class Converted:
         Args:
             threshold, round_to: see `set_threshold_`.
         """
-        model = copy.deepcopy(self.model).eval()
+        model = evaluated(copy.deepcopy(self.model))
         set_threshold_(model, threshold, round_to)
         for module in list(model.modules()):
             if isinstance(getattr(module, "input_gate", None), InputGate):

@@ -17,6 +17,7 @@ from vbdcompress.errors import LoadError
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.slim_file import is_slim, load_slim, read_safetensors, read_slim
 from vbdcompress.files import load_tensors, save_tensors
+from vbdcompress.modes import evaluated
 from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
 from vbdcompress.state_dicts import find_state_dict, load_state_
@@ -100,7 +101,7 @@ def load(
         read_safetensors(path)[1] if path.suffix == ".safetensors" else _read_pt(path, unsafe_pickle)
     )
     if isinstance(content, nn.Module):
-        return Loaded(unwrap(content).cpu().eval())
+        return Loaded(evaluated(unwrap(content).cpu()))
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         return _from_checkpoint(path, content, arch, arguments)
     state = find_state_dict(path, content)
@@ -112,7 +113,7 @@ def load(
         )
     model = build_architecture(arch, arguments, trusted=True)
     load_state_(path, arch, model, state)
-    return Loaded(model.eval(), arch, dict(arguments or {}))
+    return Loaded(evaluated(model), arch, dict(arguments or {}))
 
 
 def _from_slim(path: Path, arch: str | None, arguments: Mapping[str, Any] | None) -> Loaded:
@@ -239,7 +240,7 @@ def _from_checkpoint(
         ) from error
     training = content.get("training") or None
     data = content.get("data")
-    return Loaded(model.eval(), name, given, data, spec, split, training, classes=classes)
+    return Loaded(evaluated(model), name, given, data, spec, split, training, classes=classes)
 
 
 def _nearest_file(path: Path) -> str:

@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbdcompress.data.loaders import drawn_from, seed_generators
 from vbdcompress.evaluation import device_of, to_device
-from vbdcompress.inputs import batch_size, call, named_batch_of_one, noting_calls
+from vbdcompress.inputs import batch_size, call, input_of, named_batch_of_one, noting_calls
+from vbdcompress.vbd.posterior import let_draw_
 
 # For the statistics of batch norm: of a network that stays, and of each of the curve's many
 STATISTICS_EXAMPLES = 10_000
@@ -20,6 +21,7 @@ CURVE_EXAMPLES = 2_000
 def train_(model: nn.Module) -> None:
     """Training mode, in place, but for batch norm that is frozen: that normalises as it always will."""
     model.train()
+    let_draw_(model)
     for module in model.modules():
         if isinstance(module, _BatchNorm) and _is_frozen(module):
             module.eval()
@@ -29,6 +31,18 @@ def _is_frozen(norm: nn.Module) -> bool:
     """Whether the user took gradients off its weights; one without weights is not frozen."""
     own = list(norm.parameters())
     return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+class _Average:
+    """Before each call of one norm: an average over all that it is given, in however many calls a batch."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, norm: Any, args: Any, kwargs: Any) -> None:
+        given = len(input_of(args, kwargs))
+        self.seen += given
+        norm.momentum = given / max(1, self.seen)
 
 
 @torch.no_grad()
@@ -59,16 +73,19 @@ def reestimate_batch_norm_(
     for norm in norms.values():
         norm.reset_running_stats()
         norm.train()
+    hooks = [norm.register_forward_pre_hook(_Average(), with_kwargs=True) for norm in norms.values()]
     device, seen = device_of(model), 0
     with drawn_from(seed), named_batch_of_one("batch norm"), noting_calls(model) as called:
         seed_generators(loader, seed)
         for inputs, _ in loader:
             seen += batch_size(inputs)
-            for norm in norms.values():  # an average over the examples, whatever the last batch holds
+            for norm in norms.values():  # for code that reads it past the norm's call
                 norm.momentum = batch_size(inputs) / seen
             call(model, to_device(inputs, device))
             if seen >= examples:
                 break
+    for hook in hooks:
+        hook.remove()
     for (name, norm), momentum, kept in zip(norms.items(), momenta, before, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -28,6 +28,7 @@ from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.files import Scratch
 from vbdcompress.inputs import Inputs, are_alike, example_shape, first
+from vbdcompress.modes import evaluated
 from vbdcompress.originals import check_model, copy_of, unwrap
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.preflight import check_run
@@ -151,7 +152,7 @@ def _run_stages(
     workplace: Workplace,
 ) -> Result:
     started = time.perf_counter()
-    original = copy_of(model).cpu().eval()
+    original = evaluated(copy_of(model).cpu())
     inputs, target = first_batch(sources.train)
     samples = to_device(first(inputs, SAMPLES), torch.device("cpu"))
     if not sources.input.shape:
@@ -173,7 +174,7 @@ def _run_stages(
     finetuned = run.finetune(current)
     rounding = run.round(current, done[-1].sigma, baseline)
     errors = run.final_errors(original, current, baseline)
-    original, current = original.cpu(), current.cpu().eval()
+    original, current = original.cpu(), evaluated(current.cpu())
     context = ReportContext(
         name=origin.name,
         source=origin.source,

@@ -22,6 +22,7 @@ from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
 from vbdcompress.errors import ConfigError, SlimError
 from vbdcompress.inputs import Inputs, call, holds_data, map_tensors
+from vbdcompress.modes import evaluated
 from vbdcompress.records import CurvePoint, GroupRow, Size
 from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
@@ -95,7 +96,7 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
         weight = f"{name.rpartition('.')[0]}.weight".lstrip(".")  # of a bias that is new
         tensor.data = tensor.data.to(dtypes[name] if name in dtypes else dtypes[weight])
     rows = tuple(_group_row(group, plan) for group in converted.scan.groups)
-    return Slim(model.eval(), plan, rows, chosen)
+    return Slim(evaluated(model), plan, rows, chosen)
 
 
 def _cut(

@@ -17,6 +17,7 @@ from vbdcompress.cli.options import (
 )
 from vbdcompress.config import MACHINE
 from vbdcompress.errors import ConfigError
+from vbdcompress.modes import evaluated
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +164,7 @@ def _train(order: _Order, reading: dict[str, Any], config: "RunConfig") -> None:
         if fabric.is_global_zero:
             workplace.remove_if_empty()
     if result.is_main:
-        found = _write(order, model.eval(), dataset, config)
+        found = _write(order, evaluated(model), dataset, config)
         workplace.remove()
         console.print(Text.assemble("Written to ", (str(order.out), "bold"), f": {found}"), soft_wrap=True)
 

@@ -30,6 +30,7 @@ from vbdcompress.inputs import (
     shapes_of,
     tensors_of,
 )
+from vbdcompress.modes import evaluated
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.records import ExportCheck, PackedTensor
 from vbdcompress.rounding import Array, Rounded
@@ -73,7 +74,7 @@ def export_onnx(
     """
     storage = storage or Storage()
     # The exporter replays attention as it runs without gradients, and trips where the traced kernel differs
-    plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    plain = evaluated(copy.deepcopy(model).cpu()).requires_grad_(False)
     # ONNX has no operators for what computes some of them
     store_weights_(plain)
     shown = [map_tensors(each, lambda tensor: tensor.detach().cpu()) for each in (samples, *others)]

@@ -18,6 +18,7 @@ from vbdcompress.architectures import build_architecture
 from vbdcompress.errors import LoadError
 from vbdcompress.exported import from_exported
 from vbdcompress.files import replacing
+from vbdcompress.modes import evaluated
 from vbdcompress.originals import unwrap
 from vbdcompress.records import InputSpec
 from vbdcompress.state_dicts import memory_of
@@ -190,4 +191,4 @@ def load_slim(path: str | Path, model: nn.Module | ExportedProgram | None = None
         raise LoadError(
             f"file '{path}'", f"does not fit the network: missing {missing}, not known {unexpected}.", _WHICH
         )
-    return model.eval()
+    return evaluated(model)

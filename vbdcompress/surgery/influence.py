@@ -112,7 +112,8 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
 
 def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str, set[int]]:
     """Experts that run neither on the example nor in training, with their numbers of channels."""
-    training = copy.deepcopy(trial).train()
+    training = copy.deepcopy(trial)
+    training.train()
     with noting_calls(training) as in_training:
         why_not_training(training, inputs)  # what it raises is told of where groups are tried
     widths = {
@@ -134,9 +135,10 @@ def _kind(name: str) -> str:
 
 def why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
     """What running it in training mode raises, where other layers may be called: auxiliary heads."""
+    model.train()
     try:
         with torch.random.fork_rng(devices=[]):
-            call(model.train(), inputs)
+            call(model, inputs)
     except TRACE_ERRORS as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -33,7 +33,8 @@ def without_gradient(model: nn.Module, example: Inputs) -> set[str]:
     with noting_calls(trial) as called:
         for training in (True, False):  # a layer may be left out at random in training
             try:
-                blind -= _reached(trial.train(training), example, parameters)
+                trial.train(training)
+                blind -= _reached(trial, example, parameters)
             except TRACE_ERRORS:
                 return set()
     used = called | {_owner(name) for name in parameters.keys() - blind}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vbdcompress.errors import ConfigError, FitError
 from vbdcompress.inputs import call, check_network
 from vbdcompress.vbd.kl import PRIORS, kl_sum
-from vbdcompress.vbd.posterior import find_posteriors
+from vbdcompress.vbd.posterior import find_posteriors, let_draw_
 
 
 class ELBOTerms(NamedTuple):
@@ -59,6 +59,8 @@ class ELBO(nn.Module):
         """Switch the network, not a loss that is a network too."""
         self.training = mode
         self.model.train(mode)
+        if mode:
+            let_draw_(self.model)
         return self
 
     def kl(self) -> Tensor:

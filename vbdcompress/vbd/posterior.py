@@ -77,6 +77,7 @@ class HasPosterior:
     kind = "weight"
     log_sigma2: nn.Parameter
     threshold: float
+    training: bool
     cost: float = 1.0
 
     def posterior(self) -> tuple[Tensor, Tensor]:
@@ -141,6 +142,15 @@ class Posterior:
 def find_posteriors(model: nn.Module) -> tuple[Posterior, ...]:
     """Every posterior in the network, each once however often its module is used."""
     return tuple(_walk(model))
+
+
+def let_draw_(model: nn.Module) -> None:
+    """Training mode for every posterior, in place, also in what the user's own `train` keeps in eval mode.
+
+    Without noise sigma costs no likelihood, and the KL alone would call everything noise.
+    """
+    for posterior in find_posteriors(model):
+        posterior.holder.training = True
 
 
 def _walk(model: nn.Module) -> Iterator[Posterior]:
