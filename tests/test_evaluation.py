@@ -188,3 +188,13 @@ def test_a_judge_is_called_by_its_function_and_what_a_partial_gives_it():
     assert name_of(nn.MSELoss()) == "MSELoss"
     # what an object is called says where it lies, in this process alone
     assert name_of(functools.partial(F.cross_entropy, 3, weight=object())) == "cross_entropy(3)"
+
+
+def test_a_cut_network_whose_metric_is_no_number_errs_wholly() -> None:
+    def correlation(output: Tensor, target: Tensor) -> Tensor:
+        return (0 / output.std() + (output - target).abs().mean()).expand(len(target))
+
+    batches = [(torch.ones(4, 1), torch.zeros(4, 1))]
+    assert measure_error(nn.Identity(), batches, correlation) == 100.0
+    with pytest.raises(DataError, match="mean over 4 values is nan"):
+        measure_error(nn.Identity(), batches, correlation, bounded=True)

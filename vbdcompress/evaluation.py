@@ -156,7 +156,8 @@ def measure_error(
         batches: yields (input, target).
         metric: (output, target) -> [batch], each example's error in [0, 1].
         bounded: look whether they are, and whether the inputs are numbers; a network that was cut to noise
-            may exceed a scale that is made for trained ones.
+            may exceed a scale that is made for trained ones, and where it has none, as a correlation with
+            a constant, that is an error of 1.
     Raises:
         DataError: no batch came, or the metric gives NaN; or what was looked for.
     """
@@ -184,6 +185,8 @@ def mean_error(
     for batch in batches:
         inputs, target = to_device(batch[0], device), to_device(batch[1], device)
         errors = metric(run(inputs), target)
+        if not bounded:
+            errors = torch.where(errors.isnan(), 1, errors)
         total += errors.to(precise).sum()
         beyond += ((errors < -ROUNDING) | (errors > 1 + ROUNDING)).sum()
         if bounded:
