@@ -246,3 +246,24 @@ def test_images_larger_than_memory_are_refused_before_one_is_resized(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "one.png")
     with pytest.raises(DataError, match=r"2 images of \(3, 100000, 100000\) are more than 8 GiB"):
         read_folder(tmp_path, 100_000)
+
+
+def test_a_link_back_into_a_folder_is_not_followed_for_ever(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / name / "inner" / f"{number}.png")
+    (tmp_path / "a" / "inner" / "loop").symlink_to(tmp_path / "a")
+    data = load_data(str(tmp_path), None)
+    assert len(data.train) + len(data.validation) == 20
+
+
+def test_training_data_are_refused_as_validation_data(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / part / name / "1.png")
+    for path in (tmp_path, tmp_path / "train", tmp_path / "test" / ".." / "train"):
+        with pytest.raises(DataError, match="are its training data"):
+            load_data(str(tmp_path), None, validation_path=str(path))
+    assert len(load_data(str(tmp_path), None, validation_path=str(tmp_path / "test")).validation) == 2

@@ -118,8 +118,15 @@ def _check_bytes(where: str, shape: Sequence[int], count: int) -> None:
 
 def _list_images(folder: Path) -> list[Path]:
     """Of all depths, in torchvision's order: splits are drawn by position."""
-    found, others = [], False
-    for root, _, names in sorted(os.walk(folder, followlinks=True)):
+    found, others, walked, seen = [], False, list[tuple[str, list[str]]](), set[str]()
+    for root, inside, names in os.walk(folder, followlinks=True):
+        inside.sort()
+        if (place := os.path.realpath(root)) in seen:  # a link back, or to what was walked already
+            inside.clear()
+        else:
+            seen.add(place)
+            walked.append((root, names))
+    for root, names in sorted(walked):
         inner = Path(root).relative_to(folder).parts
         for name in sorted(names):
             if any(part.startswith(".") for part in (*inner, name)):
@@ -145,7 +152,7 @@ def _read_image(path: Path) -> Image.Image:
             if not image.mode.startswith("I"):
                 return image.convert("RGB")
             values = np.asarray(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # of PNGs Pillow's own
         raise DataError(f"file '{path}'", f"can't be read as an image: {error}") from error
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest > BRIGHTEST_16:

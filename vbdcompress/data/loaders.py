@@ -226,8 +226,12 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
         return shuffled, TensorBatches(*rest, loader.batch_size)
     indices = _indices_of(loader) if isinstance(loader, DataLoader) else None
     if isinstance(loader, DataLoader) and indices is not None:
-        parts = split_places(len(indices), fraction, seed)
-        train, held = (sorted(int(indices[place]) for place in part.tolist()) for part in parts)
+        same: dict[int, list[int]] = {}  # those that a sampler or a Subset names more than once go together
+        for index in indices:
+            same.setdefault(_place_in(loader.dataset, int(index)), []).append(int(index))
+        examples = list(same.values())
+        parts = split_places(len(examples), fraction, seed)
+        train, held = (sorted(i for place in part.tolist() for i in examples[place]) for part in parts)
         if not loader.drop_last and len(train) > 1 and len(train) % (loader.batch_size or 1) == 1:
             held = sorted([*held, train.pop()])  # norms can't train on a batch of one
         shuffle = not isinstance(loader.sampler, SequentialSampler)
@@ -263,6 +267,13 @@ def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
         return range(len(dataset))
     # What the sampler leaves out may be the user's own test data
     return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
+
+
+def _place_in(dataset: Any, index: int) -> int:
+    """Where an example stands in what one Subset, or several, were taken from."""
+    while type(dataset) is Subset:
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    return index
 
 
 def _iterates_itself(loader: DataLoader[Any]) -> bool:
