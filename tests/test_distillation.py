@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress import distillation
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.distillation import DistillationLoss, outputs_of
@@ -165,3 +166,25 @@ def test_a_loss_that_is_a_module_goes_along_and_stays_as_it_was(make_network: Ma
     assert loss.weight.dtype == torch.float32
     assert not loss.norm.training
     assert torch.equal(loss.norm.running_mean, torch.zeros(3))
+
+
+def test_a_teacher_whose_outputs_outweigh_the_inputs_is_asked_at_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    calls: list[int] = []
+
+    class Teacher(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            calls.append(len(input))
+            return super().forward(input)
+
+    batches = TensorBatches(torch.randn(40, 2), torch.arange(40) % 3, 10)
+    teacher, config = Teacher(2, 3), FitConfig(epochs=3, device="cpu", schedule="constant")
+    losses = []
+    for limit in (1 << 20, 0):  # 480 bytes of outputs, 320 of inputs
+        monkeypatch.setattr(distillation, "KEPT_BYTES", limit)
+        torch.manual_seed(1)
+        losses.append([row.nll for row in fit(nn.Linear(2, 3), batches, config, teacher=teacher).epochs])
+    assert calls == [40] + [40] + [10] * 12  # once for all; then to see how many, and at every step
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -16,7 +16,11 @@ from vbdcompress.data.batches import examples_at_once
 from vbdcompress.evaluation import Loss, one_head
 from vbdcompress.inputs import Inputs, in_eval_mode
 from vbdcompress.layout import lay_out_fast_
+from vbdcompress.modes import evaluated
 from vbdcompress.opening import open_layers_
+
+# Of a teacher's outputs, where the inputs are fewer
+KEPT_BYTES = 64 << 20
 
 
 class DistillationLoss(nn.Module):
@@ -69,7 +73,7 @@ def teach(
     """Loss and batches with the teacher's outputs in them; the teacher too where it must be asked anew.
 
     It is asked once for each way in which an input may be shown, where these are fewer than the
-    epochs; else, and for a loader's inputs, at every step.
+    epochs and what is kept is no more than the inputs; else, and for a loader's inputs, at every step.
 
     Args:
         shown: some inputs, to find out which order in memory its code takes; None leaves it as it is.
@@ -77,7 +81,7 @@ def teach(
     """
     if teacher is None or config.distill_share == 0:
         return loss, batches, None
-    teacher = copy.deepcopy(teacher).to(fabric.device).eval()
+    teacher = evaluated(copy.deepcopy(teacher).to(fabric.device))
     open_layers_(teacher, opened)
     if shown is not None:
         lay_out_fast_(teacher, shown)
@@ -85,7 +89,12 @@ def teach(
     views = batches.views if isinstance(batches, TensorBatches) else None
     if views is not None and views <= max(1, config.epochs):
         with fabric.autocast():
-            outputs = [outputs_of(teacher, batches.view(number)) for number in range(views)]
-        return distilled, batches.taught(torch.stack(outputs)), None
+            first = outputs_of(teacher, batches.view(0))
+            if views * first.nbytes <= max(KEPT_BYTES, batches.inputs.nbytes):
+                outputs = first.new_empty(views, *first.shape)
+                outputs[0] = first
+                for number in range(1, views):
+                    outputs[number] = outputs_of(teacher, batches.view(number))
+                return distilled, batches.taught(outputs), None
     compile_(teacher, config)
     return distilled, batches, teacher
