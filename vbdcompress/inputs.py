@@ -124,8 +124,8 @@ def holds_data(inputs: Inputs) -> Callable[[Tensor], bool]:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Number of examples: the first dimension of the first tensor."""
-    return len(tensors_of(inputs)[0])
+    """Number of examples: the first dimension of the first tensor; a number beside them has none."""
+    return next(len(tensor) for tensor in tensors_of(inputs) if tensor.dim())
 
 
 def first(inputs: Inputs, count: int) -> Inputs:
