@@ -70,7 +70,9 @@ def _describe_cifar(row: Any) -> dict[str, Any]:
         _line(CIFAR["RESULTS"] / row.name, method, CIFAR["METHOD_NAMES"][method]) for method in row.methods
     ]
     return {
-        "title": ", ".join(filter(None, (CIFAR["NETWORKS"][row.network].title, row.mode, row.size))),
+        "title": ", ".join(
+            filter(None, (CIFAR["NETWORKS"][row.network].title, row.mode, row.size, row.before and "before"))
+        ),
         "name": row.name,
         "elsewhere": row.elsewhere,
         "goal": row.goal,
