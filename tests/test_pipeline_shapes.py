@@ -216,3 +216,18 @@ def test_numbers_that_differ_from_batch_to_batch_are_told_of(scales: tuple[float
         report = compress(Scaled(), batches, validation=batches, test=batches, **options).report
     told = [warning for warning in report["warnings"] if "differ from batch to batch: 1.0 and 2.5" in warning]
     assert len(told) == (scales[0] != scales[1])
+
+
+def test_an_autocast_of_the_caller_changes_nothing(tmp_path: Path):
+    x = torch.randn(64, 6)
+    batches = [(x, x[:, :3].argmax(1))]
+    seen = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            result = compress(model, batches, validation=batches, test=batches, epochs=2)
+            content = result.export(tmp_path)
+        assert content["export"]["max_difference"] < 1e-5
+        seen.append([row["nll"] for row in content["stages"][0]["epochs"]])
+    assert seen[0] == seen[1]

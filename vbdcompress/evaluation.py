@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,8 +96,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def with_gradients() -> Iterator[None]:
-    """Inside, gradients are kept, also where the caller switched them off."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Inside, gradients are kept, also where the caller switched them off, and nothing is cast by itself."""
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, numbers have the precision that the network has, whatever the caller switched on."""
+    with ExitStack() as stack:
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.errors import ExportError
+from vbdcompress.evaluation import without_autocast
 from vbdcompress.exporting.exporter import CHECKER_ERRORS, TRACED, to_onnx
 from vbdcompress.exporting.outputs import outputs_of
 from vbdcompress.exporting.packing import FOLDED, Storage, pack_, rebuilding_graph
@@ -43,6 +44,7 @@ _OF_OTHER_TYPES = "NOT_IMPLEMENTED"
 _DENSE_INSTEAD = "Please report the network; --no-pack writes the dense file."
 
 
+@without_autocast()
 def export_onnx(
     model: nn.Module,
     path: Path,
