@@ -15,7 +15,6 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -287,19 +286,3 @@ def test_examples_are_counted_without_reading_them(order: Any, unpacked: bool) -
     loader = DataLoader(data, **order)
     assert count_examples(Unpacked(loader, tuple) if unpacked else loader) == 20
     assert data.read == (4 if unpacked else 0)
-
-
-@pytest.mark.parametrize("subset", [True, False])
-def test_split_loader_keeps_repeats_of_an_example_on_one_side(subset: bool) -> None:
-    data = TensorDataset(torch.arange(50.0)[:, None], torch.zeros(50))
-    repeats = [number // 4 for number in range(200)]
-    loader = (
-        DataLoader(Subset(data, repeats), 32, shuffle=True)
-        if subset
-        else DataLoader(data, 32, sampler=SubsetRandomSampler(repeats))
-    )
-    train, held = split_loader(loader, 0.2, 0)
-    seen, kept = (torch.cat([x[:, 0] for x, _ in part]).tolist() for part in (train, held))
-    assert len(seen) + len(kept) == 200
-    assert len(set(kept)) == 10
-    assert not set(seen) & set(kept)

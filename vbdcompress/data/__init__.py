@@ -2,7 +2,8 @@
 
 from vbdcompress.data.batches import TensorBatches
 from vbdcompress.data.dataset import DataSet, load_data
-from vbdcompress.data.loaders import Unpack, Unpacked, count_examples, on_device, split_loader
+from vbdcompress.data.loaders import Unpack, Unpacked, count_examples, on_device
+from vbdcompress.data.split import split_loader
 
 __all__ = [
     "DataSet",

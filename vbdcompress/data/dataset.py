@@ -12,7 +12,7 @@ from torch import Tensor
 from vbdcompress.data.batches import AT_ONCE, CROP_PADDING, Augment, TensorBatches, examples_at_once
 from vbdcompress.data.raw import RawImages, RawSet
 from vbdcompress.data.sources import NAMED_SETS, is_folder, read_source
-from vbdcompress.data.split import split_places
+from vbdcompress.data.split import check_apart, split_places
 from vbdcompress.errors import ConfigError, DataError
 from vbdcompress.records import InputSpec
 
@@ -134,7 +134,7 @@ def load_data(
             f"data set '{name}'", "is no folder: --image-size is for folders of images.", "Leave it out."
         )
     if validation_path is not None:
-        _check_apart(name, validation_path)
+        check_apart(name, validation_path)
     trained = normalisation.shape if normalisation and is_folder(name) else ()
     apart = None if validation_path is None else Path(validation_path)
     raw, image_size = _read_sized(name, root, image_size, trained, apart)
@@ -163,17 +163,6 @@ def load_data(
         train, held = _split(raw.train, validation_fraction, validation_seed)
     test = _normalise(raw.test, spec) if raw.test else None
     return DataSet(name, spec, raw.classes, _normalise(train, spec), _normalise(held, spec), test, notes)
-
-
-def _check_apart(name: str, validation: str) -> None:
-    """Raise DataError where the validation data are what is trained on."""
-    trained_on = {Path(name).resolve(), Path(name, "train").resolve()}
-    if Path(validation).exists() and Path(validation).resolve() in trained_on:
-        raise DataError(
-            f"data set '{name}'",
-            f"the validation data '{validation}' are its training data.",
-            "Give others; without any, some are split off.",
-        )
 
 
 def _read_sized(

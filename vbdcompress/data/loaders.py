@@ -12,14 +12,9 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
 )
 
 from vbdcompress.data.batches import TensorBatches
-from vbdcompress.data.split import split_places
 from vbdcompress.errors import DataError
 from vbdcompress.inputs import batch_size
 
@@ -200,80 +195,6 @@ def _keeps_size(loader: Iterable[Any], size: int) -> bool:
     """Whether the first batch holds so many examples."""
     batch = next(iter(loader), None)
     return batch is not None and batch_size(batch[0]) == size
-
-
-def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
-    """A training and a validation loader from one, by a seeded split of its examples.
-
-    Args:
-        loader: TensorBatches, or a DataLoader over an indexed data set that takes each example
-            once an epoch: all of it in order or shuffled, or the subset of a SubsetRandomSampler.
-    Raises:
-        DataError: any other iterable can't be split.
-    """
-    if isinstance(loader, TensorBatches):
-        places, held_places = split_places(loader.num_examples, fraction, seed)
-        shuffled = TensorBatches(
-            loader.inputs[places],
-            loader.labels[places],
-            loader.batch_size,
-            shuffle=loader.shuffle,
-            augment=loader.augment,
-            pixels=loader.pixels,
-            seed=loader.seed,
-        )
-        rest = loader.inputs[held_places], loader.labels[held_places]
-        return shuffled, TensorBatches(*rest, loader.batch_size)
-    indices = _indices_of(loader) if isinstance(loader, DataLoader) else None
-    if isinstance(loader, DataLoader) and indices is not None:
-        same: dict[int, list[int]] = {}  # those that a sampler or a Subset names more than once go together
-        for index in indices:
-            same.setdefault(_place_in(loader.dataset, int(index)), []).append(int(index))
-        examples = list(same.values())
-        parts = split_places(len(examples), fraction, seed)
-        train, held = (sorted(i for place in part.tolist() for i in examples[place]) for part in parts)
-        if not loader.drop_last and len(train) > 1 and len(train) % (loader.batch_size or 1) == 1:
-            held = sorted([*held, train.pop()])  # norms can't train on a batch of one
-        shuffle = not isinstance(loader.sampler, SequentialSampler)
-        drop_last = loader.drop_last and len(train) >= (loader.batch_size or 1)  # or nothing would be left
-        size = loader.batch_size
-        return (
-            reload(
-                loader, Subset(loader.dataset, train), batch_size=size, shuffle=shuffle, drop_last=drop_last
-            ),
-            reload(loader, Subset(loader.dataset, held), batch_size=size),
-        )
-    raise DataError(
-        "loader",
-        f"is a {_describe(loader)}, from which no validation data can be split off.",
-        "Pass your own: compress(model, loader, validation=validation_loader)",
-    )
-
-
-def _describe(loader: Iterable[Any]) -> str:
-    if isinstance(loader, DataLoader):
-        return f"DataLoader of {type(loader.dataset).__name__} with {type(loader.sampler).__name__}"
-    return type(loader).__name__
-
-
-def _indices_of(loader: DataLoader[Any]) -> Sequence[int] | None:
-    """The examples that the loader takes once each in every epoch; None where that can't be said."""
-    sampler, dataset = loader.sampler, loader.dataset
-    if loader.batch_size is None or not isinstance(dataset, Sized):
-        return None
-    if type(sampler) is SequentialSampler:
-        return range(len(dataset))
-    if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(dataset):
-        return range(len(dataset))
-    # What the sampler leaves out may be the user's own test data
-    return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
-
-
-def _place_in(dataset: Any, index: int) -> int:
-    """Where an example stands in what one Subset, or several, were taken from."""
-    while type(dataset) is Subset:
-        dataset, index = dataset.dataset, int(dataset.indices[index])
-    return index
 
 
 def _iterates_itself(loader: DataLoader[Any]) -> bool:
