@@ -172,7 +172,8 @@ def measure_error(
     """
     device = device_of(model)
     with in_eval_mode(model), whole_float32(device):
-        return mean_error(partial(call, model), batches, metric, device, bounded=bounded)
+        run = partial(call, model)
+        return mean_error(run, batches, metric, device, bounded=bounded, lenient=not bounded)
 
 
 def mean_error(
@@ -182,11 +183,13 @@ def mean_error(
     device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
     *,
     bounded: bool = False,
+    lenient: bool = False,
 ) -> float:
     """`measure_error` of whatever gives outputs for inputs: a file's session, say.
 
     Args:
         run: inputs on `device` -> output.
+        lenient: where the metric has no value, it is an error of 1.
     """
     precise = torch.float32 if device.type == "mps" else torch.float64  # all that Apple's GPUs have
     total, beyond, unfit = torch.zeros(3, dtype=precise, device=device)
@@ -194,7 +197,7 @@ def mean_error(
     for batch in batches:
         inputs, target = to_device(batch[0], device), to_device(batch[1], device)
         errors = metric(run(inputs), target)
-        if not bounded:
+        if lenient:
             errors = torch.where(errors.isnan(), 1, errors)
         total += errors.to(precise).sum()
         beyond += ((errors < -ROUNDING) | (errors > 1 + ROUNDING)).sum()

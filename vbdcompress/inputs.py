@@ -125,7 +125,7 @@ def holds_data(inputs: Inputs) -> Callable[[Tensor], bool]:
 
 def batch_size(inputs: Inputs) -> int:
     """Number of examples: the first dimension of the first tensor; a number beside them has none."""
-    return next(len(tensor) for tensor in tensors_of(inputs) if tensor.dim())
+    return next((len(tensor) for tensor in tensors_of(inputs) if tensor.dim()), 1)
 
 
 def first(inputs: Inputs, count: int) -> Inputs:
