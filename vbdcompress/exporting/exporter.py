@@ -121,7 +121,7 @@ def _can_be_traced(inputs: Inputs, sizes: Sequence[Sequence[int]]) -> bool:
 
 def _name_values(proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Call inputs and outputs so. A value of the graph that has such a name ("linear") gets another."""
-    graphs = _graphs_of(proto)
+    graphs = graphs_of(proto)
     nodes = [node for graph in graphs for node in graph.node]
     taken = {name for node in nodes for name in node.output} | {
         item.name for graph in graphs for item in graph.initializer
@@ -142,7 +142,7 @@ def _name_values(proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequenc
             item.name = new.get(item.name, item.name)
 
 
-def _graphs_of(proto: onnx.ModelProto) -> list[onnx.GraphProto]:
+def graphs_of(proto: onnx.ModelProto) -> list[onnx.GraphProto]:
     """The graph, and those inside its conditions and loops."""
     found = [proto.graph]
     for graph in found:  # it grows meanwhile
@@ -185,7 +185,7 @@ class _OfTensors(nn.Module):
 
 def _strip_metadata(proto: onnx.ModelProto) -> None:
     """The exporter notes stack traces with the machine's paths on every node and value."""
-    for graph in _graphs_of(proto):
+    for graph in graphs_of(proto):
         for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
             item.ClearField("metadata_props")
             item.ClearField("doc_string")

@@ -12,7 +12,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from vbdcompress.errors import ExportError
 from vbdcompress.evaluation import Metric, mean_error
-from vbdcompress.exporting.exporter import PRODUCER
+from vbdcompress.exporting.exporter import PRODUCER, graphs_of
 from vbdcompress.exporting.onnx_file import open_session, run_session
 from vbdcompress.exporting.preprocessing import inputs_for
 from vbdcompress.files import Scratch, replacing
@@ -71,7 +71,7 @@ def quantize_int8(source: Path, target: Path, calibration: Iterable[Inputs]) -> 
 def _keep_used_operator_sets(path: Path) -> None:
     """onnxruntime names all that it knows, and an older one refuses versions that it does not know."""
     proto = onnx.load(path)
-    used = {node.domain for node in proto.graph.node} | {""}
+    used = {node.domain for graph in graphs_of(proto) for node in graph.node} | {""}
     kept = [item for item in proto.opset_import if item.domain in used]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)
