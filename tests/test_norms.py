@@ -233,3 +233,20 @@ def test_a_norm_that_is_called_twice_takes_the_average_of_both() -> None:
     torch.testing.assert_close(model.norm.running_mean, torch.cat([one, other]).mean(0))
     assert model.norm.momentum == 0.1
     assert not model.norm._forward_pre_hooks
+
+
+def test_a_norm_that_the_network_keeps_in_eval_mode_keeps_its_statistics() -> None:
+    class Kept(nn.Sequential):
+        def train(self, mode: bool = True) -> "Kept":
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    torch.manual_seed(0)
+    model = Kept(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8)).train()
+    reestimate_batch_norm_(model, batches())
+    assert not model[1].running_mean.any()
+    assert model[3].running_mean.all()
+    plain = nn.Sequential(nn.Linear(6, 8)).train()
+    reestimate_batch_norm_(plain, batches())
+    assert plain.training

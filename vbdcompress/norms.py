@@ -33,6 +33,20 @@ def _is_frozen(norm: nn.Module) -> bool:
     return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
+def _norms_that_train(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Those whose statistics a fit moves; all modules keep their modes."""
+    modes = [(module, module.training) for module in model.modules()]
+    train_(model)
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
+    }
+    for module, mode in modes:
+        module.training = mode
+    return norms
+
+
 class _Average:
     """Before each call of one norm: an average over all that it is given, in however many calls a batch."""
 
@@ -51,7 +65,8 @@ def reestimate_batch_norm_(
 ) -> None:
     """Take batch norm's running statistics anew, in place: those of the fit were taken under noise.
 
-    Frozen norms keep theirs, under which the fit was made, and those that do not run in eval mode.
+    Frozen norms keep theirs, under which the fit was made, and those that do not run in eval mode. So do
+    those that the network's own `train` keeps in eval mode.
 
     Args:
         loader: training batches, (input, target).
@@ -60,11 +75,7 @@ def reestimate_batch_norm_(
     Raises:
         FitError: a batch of one example, of which a norm can't take statistics.
     """
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and not _is_frozen(module)
-    }
+    norms = _norms_that_train(model)
     if not norms:
         return
     momenta = [norm.momentum for norm in norms.values()]

@@ -240,6 +240,7 @@ def test_render_html_lists_what_the_file_takes(report):
     ]
     told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))
     assert "any size output cls , float32, batch 10 length , int64 scaling" in told
+    assert 'outputs = dict(zip(["cls", "length"], session.run(None, {"ids": x0, "scale": x1})))' in told
     report["input"]["embedded"] = True
     report["inputs"] = [{"name": "input", "shape": [8, 6], "dtype": "uint8"}]
     told = " ".join(Page(render_html(report)).text.split("\N{MULTIPLICATION SIGN}"))

@@ -137,6 +137,10 @@ def write_snippet(report: Mapping[str, Any]) -> str:
             lines.append(f"{name} = (({name} - mean) / std).astype(np.{row['dtype']})")
     lines.append(f"session = onnxruntime.InferenceSession({json.dumps(file)})")
     given = ", ".join(f"{json.dumps(row['name'])}: {name}" for name, row in zip(names, inputs, strict=True))
+    called = [row["name"] for row in (report["export"] or {}).get("outputs", ())]  # older reports lack them
+    if len(called) > 1:
+        lines.append(f"outputs = dict(zip({json.dumps(called)}, session.run(None, {{{given}}})))")
+        return "\n".join(lines)
     lines.append(f"output = session.run(None, {{{given}}})[0]")
     if report["data"] and report["data"]["classes"]:
         lines.append("best = output.argmax(axis=1)  # index of the class")
