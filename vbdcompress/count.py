@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vbdcompress.compare import flatten_output
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, batch_size, call, in_eval_mode, resize
 from vbdcompress.records import LayerSize, Size
-from vbdcompress.surgery.groups import TRACE_ERRORS
 
 FLOAT_BYTES = 4
 

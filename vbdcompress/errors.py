@@ -6,6 +6,17 @@ A message says where, what was found with its value, what is allowed, and what t
     Run one batch through the model first.
 """
 
+# What running somebody's network is known to raise; each becomes a reason.
+TRACE_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+)
+
 
 class VbdcompressError(Exception):
     """Base of every error that a user can mend; anything else is a defect of ours.

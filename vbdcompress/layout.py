@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, first, in_eval_mode
-from vbdcompress.surgery.groups import TRACE_ERRORS
 
 
 def has_layout(model: nn.Module) -> bool:

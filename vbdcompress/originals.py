@@ -13,11 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vbdcompress.compare import flatten_output, is_computed, relative_difference
-from vbdcompress.errors import ConfigError, ConvertError
+from vbdcompress.errors import TRACE_ERRORS, ConfigError, ConvertError
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, first, in_eval_mode, noting_calls, shapes_of, tensors_of
 from vbdcompress.opening import open_layers_
-from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.vbd.posterior import find_posteriors
 
 # Largest difference of what is the same function, relative to the largest output, in float32

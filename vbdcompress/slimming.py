@@ -20,11 +20,10 @@ from vbdcompress.compare import (
 )
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
-from vbdcompress.errors import ConfigError, SlimError
+from vbdcompress.errors import TRACE_ERRORS, ConfigError, SlimError
 from vbdcompress.inputs import Inputs, call, holds_data, map_tensors
 from vbdcompress.modes import evaluated
 from vbdcompress.records import CurvePoint, GroupRow, Size
-from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.slice import RemovalPlan, apply_plan_
 from vbdcompress.vbd.posterior import KEEP_ALL, find_posteriors, log_alpha_of, set_threshold_

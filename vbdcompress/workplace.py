@@ -16,11 +16,10 @@ from vbdcompress.checkpoints import START_ANEW, FitCheckpoint
 from vbdcompress.choices import ChoiceFile
 from vbdcompress.compare import as_real, flatten_output
 from vbdcompress.config import MACHINE, RunConfig
-from vbdcompress.errors import FitError
+from vbdcompress.errors import TRACE_ERRORS, FitError
 from vbdcompress.evaluation import name_of
 from vbdcompress.files import write_text
 from vbdcompress.inputs import Inputs, call, example_shape, first, in_eval_mode, map_tensors
-from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.training import CutListener, Listener
 
 IDENTITY_FILE = "run.json"

@@ -14,7 +14,7 @@ from vbdcompress.cli.options import (
     parse_normalisation,
     told_normalisation,
 )
-from vbdcompress.errors import ConfigError, DataError, LoadError
+from vbdcompress.errors import TRACE_ERRORS, ConfigError, DataError, LoadError
 from vbdcompress.records import held_out
 
 if TYPE_CHECKING:
@@ -122,7 +122,6 @@ class _Network:
     def error(self, batches: "TensorBatches") -> float:
         """Top-1 error in percent."""
         from vbdcompress.evaluation import mean_error
-        from vbdcompress.surgery.groups import TRACE_ERRORS
 
         largest = int(batches.labels.max())
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, holds_data, map_tensors
 from vbdcompress.recurrent import Recurrent
@@ -22,16 +23,6 @@ from vbdcompress.surgery.walk import tensor_of
 from vbdcompress.surgery.weights import Index, layer_widths
 
 NOT_HERE = -1
-# What tracing somebody's network is known to raise; each becomes a reason.
-TRACE_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdcompress.compare import forget_graph_
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.inputs import Inputs, call, noting_calls, tensors_of
-from vbdcompress.surgery.groups import TRACE_ERRORS, GroupScan
+from vbdcompress.surgery.groups import GroupScan
 from vbdcompress.surgery.weights import Mixing, is_mixing, layer_widths
 
 # No layer's name: the network's input, and what no derivative is taken through

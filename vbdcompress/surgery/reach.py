@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from vbdcompress.compare import flatten_output
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.inputs import Inputs, call, noting_calls
-from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.surgery.plain import without_checkpointing
 
 NO_GRADIENT = "no gradient reaches it: the network's own code detaches it, or does not use it"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, first, map_tensors, tensors_of
-from vbdcompress.surgery.groups import TRACE_ERRORS
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.compare import as_real, double_copy, flatten_output
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.inputs import Inputs, call
-from vbdcompress.surgery.groups import TRACE_ERRORS
 
 # Standard deviation of noise on vectors about 1, and of factors on a network's own weights
 SPREAD = 0.3

@@ -21,12 +21,12 @@ from vbdcompress.compare import (
     in_double,
     relative_difference,
 )
+from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of, map_tensors
 from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_units
 from vbdcompress.surgery.groups import (
     NOT_HERE,
-    TRACE_ERRORS,
     ChannelGroup,
     GroupScan,
     trace_groups,

@@ -17,12 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 from vbdcompress.compare import flatten_output, relative_difference
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.count import layer_sizes, measure_size
-from vbdcompress.errors import VbdcompressError
+from vbdcompress.errors import TRACE_ERRORS, VbdcompressError
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
-from vbdcompress.surgery.groups import TRACE_ERRORS
 from vbdcompress.vbd.elbo import ELBO
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
