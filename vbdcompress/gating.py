@@ -104,7 +104,7 @@ def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupSc
     if isinstance(module, Table):
         return "reads no channels; its columns follow their group"
     if isinstance(module, nn.Linear | _ConvNd | Recurrent):
-        return "reads the input, or what no prunable layer writes"
+        return "reads the input, or channels that something mixed, such as LayerNorm"
     return "not a layer with separable input channels"
 
 

@@ -1,17 +1,18 @@
-"""Layers of torch and torchvision that hold others inside, replaced by the same with those in the open."""
+"""Layers that are others in disguise, or hold others inside, replaced by the same with those in the open."""
 
 from collections.abc import Collection
 
 from torch import nn
 
 from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention
+from vbdcompress.linear import OpenLinear, open_linear
 from vbdcompress.recurrent import StackedRecurrent, open_recurrent
 
-Opened = HeadAttention | HeadWindowAttention | StackedRecurrent
+Opened = HeadAttention | HeadWindowAttention | StackedRecurrent | OpenLinear
 
 
 def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None:
-    """Replace attention and recurrent layers that are known by their opened form, in place.
+    """Replace attention, recurrent and linear layers that are known by their opened form, in place.
 
     Args:
         names: of the modules, "" for the network itself; None takes all. One that is opened already stays.
@@ -24,7 +25,7 @@ def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None
         if id(module) in wanted:
             if id(module) not in replaced:
                 hooked = module._forward_hooks or module._forward_pre_hooks  # they would be lost
-                replaced[id(module)] = None if hooked else open_attention(module) or open_recurrent(module)
+                replaced[id(module)] = None if hooked else _open(module)
             opened = replaced[id(module)]
             if opened is not None and name:
                 parent, _, own = name.rpartition(".")
@@ -34,3 +35,7 @@ def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # its shortcut reads the weights past the layers
+
+
+def _open(module: nn.Module) -> Opened | None:
+    return open_attention(module) or open_recurrent(module) or open_linear(module)

@@ -242,7 +242,7 @@ def _shapes(example: Inputs) -> str:
 
 
 def open_where_alike(model: nn.Module, names: Collection[str], example: Inputs) -> nn.Module:
-    """A copy with attention and recurrent layers opened, but for those that its code treats otherwise then.
+    """A copy with layers opened, see `opening`, but for those that its code treats otherwise then.
 
     It may ask for a module's type, or for weights by their old names.
 

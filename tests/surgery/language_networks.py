@@ -193,12 +193,75 @@ class Decoder(nn.Module):
         return ModelOutput(self.lm_head(self.norm(x)))
 
 
+class Conv1D(nn.Module):
+    """A linear layer that holds its matrix the other way round."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return flat.view(*x.size()[:-1], self.weight.size(1))
+
+
+class SplitAttention(nn.Module):
+    """Queries, keys and values by one layer, split at a width that is kept beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim = self.split_size = WIDTH
+        self.num_heads, self.head_dim = HEADS, WIDTH // HEADS
+        self.c_attn, self.c_proj = Conv1D(3 * WIDTH, WIDTH), Conv1D(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in self.c_attn(x).split(self.split_size, dim=2))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        projected: Tensor = self.c_proj(context.reshape(*context.shape[:-2], -1).contiguous())
+        return projected
+
+
+class GeneratorLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(WIDTH), SplitAttention(), nn.LayerNorm(WIDTH)
+        self.c_fc, self.c_proj = Conv1D(40, WIDTH), Conv1D(WIDTH, 40)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), seen)
+        moved: Tensor = self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+        return x + moved
+
+
+class Generator(nn.Module):
+    """A model of the next word in the manner of GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(WORDS, WIDTH), nn.Embedding(16, WIDTH)
+        self.layers = nn.ModuleList([GeneratorLayer() for _ in range(2)])
+        self.ln_f, self.lm_head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ModelOutput:
+        length = input_ids.shape[1]
+        places = torch.arange(length, device=input_ids.device)
+        x = self.wte(input_ids) + self.wpe(places)
+        seen = (places[:, None] >= places)[None, None] & attention_mask[:, None, None, :].bool()
+        for layer in self.layers:
+            x = layer(x, seen)
+        return ModelOutput(self.lm_head(self.ln_f(x)))
+
+
 NETWORKS = {
     "encoder": Encoder,
     "encoder_fused": lambda: Encoder(fused=True),
     "encoder_shaped": lambda: Encoder(kind=ShapedAttention),
     "encoder_scaled": lambda: Encoder(kind=ScaledAttention),
     "decoder": Decoder,
+    "generator": Generator,
 }
 
 

@@ -190,6 +190,28 @@ def test_a_branch_that_the_example_does_not_take_keeps_its_widths() -> None:
         assert "'rarely', which did not run on the example" in str(groups[name].whole_because)
 
 
+class Held(nn.Module):
+    """Looks at values; `shared` holds the table of words for others and never runs, as of sequence models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.words = nn.Embedding(9, 8), nn.Embedding(9, 8)
+        self.words.weight = self.shared.weight
+        self.norm, self.wide, self.head = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[batch, length] -> [batch, 3]."""
+        if bool((ids < 0).any()):
+            raise ValueError("no such word")
+        y: Tensor = self.head(torch.relu(self.wide(self.norm(self.words(ids)).mean(1))))
+        return y
+
+
+def test_a_layer_that_only_holds_another_s_weight_is_no_branch() -> None:
+    scan = find_groups(Held(), torch.randint(0, 9, (2, 5)))
+    assert [(group.name, group.size) for group in scan.removable] == [("wide", 12)]
+
+
 class Guarded(nn.Module):
     """Looks at values, and holds a layer of no use to anybody."""
 

@@ -16,6 +16,7 @@ from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import load_slim
 from vbdcompress.pipeline import compress
 from vbdcompress.slimming import slim
+from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.vbd.posterior import find_posteriors, set_threshold_
 
 
@@ -32,11 +33,11 @@ def switch_off_(model: nn.Module) -> None:
     ("name", "mode"),
     [
         *((name, "channels") for name in NETWORKS),
-        *((name, "weights") for name in ("encoder", "decoder")),
+        *((name, "weights") for name in ("encoder", "decoder", "generator")),
         *(
             pytest.param(name, "weights", marks=pytest.mark.slow)
             for name in NETWORKS
-            if name not in ("encoder", "decoder")
+            if name not in ("encoder", "decoder", "generator")
         ),
     ],
 )
@@ -51,6 +52,11 @@ def test_slim_equals_masked_and_onnx_equals_torch(name: str, mode: Any, tmp_path
     assert relative_difference(expected, found) <= EXACT
     before = sum(parameter.numel() for parameter in converted.undo().parameters())
     assert sum(parameter.numel() for parameter in slimmed.model.parameters()) < before or mode == "weights"
+    fresh = built(name).double()
+    apply_plan_(fresh, slimmed.plan)
+    fresh.load_state_dict(slimmed.model.state_dict())
+    with torch.no_grad():
+        assert all(map(torch.equal, found, flatten_output(fresh(**batch(5, 1)))))
     check = export_onnx(slimmed.model.float(), tmp_path / "model.onnx", batch(3, 0))
     assert check.max_difference <= check.tolerance
 
@@ -68,6 +74,11 @@ EXPECTED: dict[str, dict[str, int | str]] = {
         **{f"layers.{n}.q_proj": HEADS for n in range(2)},  # pairs of heads, with their keys
         **{f"layers.{n}.gate_proj": 40 for n in range(2)},
         "embed_tokens": "mixes",
+    },
+    "generator": {
+        **{f"layers.{n}.attn.c_attn": HEADS for n in range(2)},
+        **{f"layers.{n}.c_fc": 40 for n in range(2)},
+        "wte": "LayerNorm mixes",
     },
 }
 EXPECTED |= {f"encoder_{kind}": EXPECTED["encoder"] for kind in ("fused", "shaped", "scaled")}

@@ -29,6 +29,23 @@ class StoredLayer:
     input: int
 
 
+class MatrixLayer(nn.Module):
+    """Multiplies by a matrix as it stands, [inputs, outputs], and may add a bias; `opening` knows it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
 def layer_of(program: nn.Module, node: fx.Node) -> StoredLayer | None:
     """The layer that an operation is; None where it is none, or works on computed tensors.
 
@@ -94,6 +111,16 @@ def _linear(arguments: Sequence[Any], _: int) -> nn.Module | None:
         return None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     return _with(layer, weight=weight, bias=bias)
+
+
+def _matmul(arguments: Sequence[Any], _: int) -> nn.Module | None:
+    weight = arguments[1]
+    return _with(MatrixLayer(), weight=weight) if weight.dim() == 2 else None
+
+
+def _addmm(arguments: Sequence[Any], _: int) -> nn.Module | None:
+    bias, _, weight = arguments
+    return _with(MatrixLayer(), weight=weight, bias=bias) if bias.dim() == 1 else None
 
 
 def _convolution(kind: type[_ConvNd]) -> Build:
@@ -190,6 +217,9 @@ def _embedding(arguments: Sequence[Any], _: int) -> nn.Module | None:
 # before a weight, which layers may share
 _OPERATIONS: dict[Any, tuple[Build, int, tuple[int, ...]]] = {
     aten.linear.default: (_linear, 0, (2, 1)),
+    aten.matmul.default: (_matmul, 0, (1,)),
+    aten.mm.default: (_matmul, 0, (1,)),
+    aten.addmm.default: (_addmm, 1, (0, 2)),
     aten.conv1d.default: (_convolution(nn.Conv1d), 0, (2, 1)),
     aten.conv1d.padding: (_convolution(nn.Conv1d), 0, (2, 1)),
     aten.conv2d.default: (_convolution(nn.Conv2d), 0, (2, 1)),

@@ -121,6 +121,9 @@ def _idle_layers(trial: nn.Module, inputs: Inputs, called: set[str]) -> dict[str
         name: layer_widths(module) for name, module in trial.named_modules() if isinstance(module, Mixing)
     }
     ran = widths.keys() & (called | in_training)
+    # a module that only holds a weight for others runs where they do
+    tied = {id(trial.get_submodule(name).weight) for name in ran}
+    ran |= {name for name in widths if id(trial.get_submodule(name).weight) in tied}
     # called like one that ran but for a number, or as wide; others are of no use to anybody
     kinds, sizes = {_kind(name) for name in ran}, {widths[name] for name in ran}
     return {

@@ -49,7 +49,7 @@ def plan_removed(
         cut = LayerCut(opened=isinstance(layer, Opened))
         if name in {*lost_inputs, *lost_features, *lost_outputs, *new_biases}:
             lost = lost_inputs.get(name), lost_features.get(name), lost_outputs.get(name)
-            cut = _layer_cut(layer, *lost, name in new_biases)
+            cut = replace(_layer_cut(layer, *lost, name in new_biases), opened=cut.opened)
         if name in beside:
             cut = replace(cut, parameters=beside[name].parameters, attributes=beside[name].attributes)
         if cut != LayerCut():

@@ -33,7 +33,7 @@ class LayerCut:
         gather: positions that the layer picks from the input that it is given, where that stays
             wider than what it reads; None reads it as it comes.
         new_bias: a bias is added to a layer that had none, to hold constants of removed inputs.
-        opened: the module is attention or recurrent, replaced by the same with its layers in the open.
+        opened: the module is replaced by its opened form, see `opening`.
         stored: what its parametrizations computed are plain weights.
         attributes: new values of numbers that the module keeps beside its layers, such as num_heads.
         parameters: own parameter -> (dimension, kept positions).

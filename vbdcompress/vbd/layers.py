@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbdcompress.gather import GatherLinear
+from vbdcompress.linear import OpenLinear
 from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior, draw
 
 
@@ -61,6 +62,10 @@ class VBDLinear(WeightPosterior, nn.Linear):
 
     def linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
+
+
+class VBDOpenLinear(VBDLinear, OpenLinear):
+    """OpenLinear with a posterior on its weights."""
 
 
 class VBDGatherLinear(WeightPosterior, GatherLinear):
@@ -121,6 +126,7 @@ class VBDConvTranspose3d(_ConvTransposePosterior, nn.ConvTranspose3d):
 
 VBD_LAYERS: dict[type[nn.Module], type[WeightPosterior]] = {
     nn.Linear: VBDLinear,
+    OpenLinear: VBDOpenLinear,
     GatherLinear: VBDGatherLinear,
     nn.Conv1d: VBDConv1d,
     nn.Conv2d: VBDConv2d,
