@@ -119,6 +119,26 @@ def test_load_slim_refuses_a_damaged_file(damage, tmp_path):
         load_slim(path)
 
 
+@pytest.mark.parametrize("damage", ["values", "mask", "shape", "negative", "arguments"])
+def test_load_slim_refuses_parts_that_do_not_fit_each_other(damage, tmp_path):
+    path = tmp_path / "slim.safetensors"
+    slimmed = slimmed_lenet("weights")
+    save_slim(path, slimmed.model, SlimFile((slimmed.plan,), "lenet5", {}, "mnist", SPEC))
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["vbdcompress.slim"])
+    name = next(iter(content["sparse_shapes"]))
+    if damage in ("values", "mask"):
+        tensors[f"{name}.{damage}"] = tensors[f"{name}.{damage}"][1:].clone()
+    elif damage == "arguments":
+        content["arguments"] = 1.5
+    else:
+        content["sparse_shapes"][name][0] *= 1000 if damage == "shape" else -1
+    save_file(tensors, path, metadata={"vbdcompress.slim": json.dumps(content)})
+    with pytest.raises(LoadError):
+        load_slim(path)
+
+
 def test_plan_survives_json(tmp_path):
     plan = slimmed_lenet("channels").plan
     plan = replace(plan, cuts={**plan.cuts, "none_left": LayerCut(inputs=())})

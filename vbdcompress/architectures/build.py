@@ -59,16 +59,16 @@ def build_architecture(
     Raises:
         LoadError: the name is unknown, not trusted, or the builder refuses the arguments.
     """
+    if not isinstance(name, str) or not isinstance(arguments or {}, Mapping):
+        raise LoadError(
+            "architecture", f"is named {name!r} with arguments {arguments!r}; allowed are a name and a dict."
+        )
     reaching_out = sorted(REACHING_OUT & set(arguments or {}))
     if reaching_out and not trusted:
         raise LoadError(
             f"architecture '{name}'",
             f"has arguments in the file that make it read or download others: {', '.join(reaching_out)}.",
             _TRUST.format(name=name),
-        )
-    if not isinstance(name, str) or not isinstance(arguments or {}, Mapping):
-        raise LoadError(
-            "architecture", f"is named {name!r} with arguments {arguments!r}; allowed are a name and a dict."
         )
     builder = _find_builder(name, trusted)
     try:

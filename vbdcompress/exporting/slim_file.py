@@ -1,6 +1,7 @@
 """The slim torch network on disk: safetensors with the removal plan. Never a pickle."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -139,10 +140,17 @@ def _unpack(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> di
     packed = {name + suffix for name in shapes for suffix in (MASK, VALUES)}
     tensors = {name: tensor for name, tensor in stored.items() if name not in packed}
     for name, shape in shapes.items():
-        values = stored[name + VALUES]
-        dense = values.new_zeros(int(np.prod(shape)))
-        bits = np.unpackbits(stored[name + MASK].numpy())[: dense.numel()]
-        dense[torch.from_numpy(bits.astype(bool))] = values
+        values, mask = stored[name + VALUES], stored[name + MASK]
+        size = math.prod(shape)
+        if min(shape) < 0 or mask.dtype != torch.uint8 or mask.shape != (-(-size // 8),):
+            raise ValueError(f"{name} is of {shape}, its mask of {list(mask.shape)} {mask.dtype}")
+        kept = torch.from_numpy(np.unpackbits(mask.numpy(), count=size).astype(bool))
+        if values.shape != (int(kept.sum()),):
+            raise ValueError(
+                f"{name} has {int(kept.sum())} nonzeros by its mask and {list(values.shape)} values"
+            )
+        dense = values.new_zeros(size)
+        dense[kept] = values
         tensors[name] = dense.view(shape)
     return tensors
 
