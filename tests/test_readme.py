@@ -56,7 +56,7 @@ def named() -> dict[str, Tensor]:
     return {
         "ids": torch.randint(0, 9, (12, 4)),
         "mask": torch.ones(12, 4),
-        "label": torch.randint(0, 2, (12,)),
+        "answer": torch.randint(0, 2, (12,)),
     }
 
 

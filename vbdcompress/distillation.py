@@ -13,7 +13,7 @@ from vbdcompress.compilation import compile_
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches
 from vbdcompress.data.batches import examples_at_once
-from vbdcompress.evaluation import Loss, one_head
+from vbdcompress.evaluation import Loss, logits_of, one_head
 from vbdcompress.inputs import Inputs, in_eval_mode
 from vbdcompress.layout import lay_out_fast_
 from vbdcompress.modes import evaluated
@@ -40,14 +40,15 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.loss, self.share, self.temperature = loss, share, temperature
 
-    def forward(self, output: Tensor, target: tuple[Any, Tensor]) -> Tensor:
-        """Scalar, nats per example; output [batch, classes, ...], target (labels, teacher's output).
+    def forward(self, output: Any, target: tuple[Any, Any]) -> Tensor:
+        """Scalar, nats per example; output [batch, classes, ...], or with such `logits`; target (labels,
+        teacher's output).
 
-        Raises DataError where the output is no tensor.
+        Raises DataError where there are no logits.
         """
         labels, taught = target
         network = F.log_softmax(one_head(output) / self.temperature, 1)
-        teacher = F.log_softmax(taught.to(network.dtype) / self.temperature, 1)
+        teacher = F.log_softmax(one_head(taught).to(network.dtype) / self.temperature, 1)
         divergence = F.kl_div(network, teacher, reduction="none", log_target=True).sum(1).mean()
         distilled = self.share * divergence
         return distilled if self.share == 1 else distilled + (1 - self.share) * self.loss(output, labels)
@@ -57,7 +58,7 @@ class DistillationLoss(nn.Module):
 def outputs_of(teacher: nn.Module, inputs: Tensor) -> Tensor:
     """The teacher's outputs for a whole set in memory, [n, classes, ...]."""
     with in_eval_mode(teacher):
-        return torch.cat([teacher(part) for part in torch.split(inputs, examples_at_once(inputs))])
+        return torch.cat([logits_of(teacher(part)) for part in torch.split(inputs, examples_at_once(inputs))])
 
 
 def teach(

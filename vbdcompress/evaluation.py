@@ -1,7 +1,7 @@
 """How outputs are judged, and the error of a network on a set, in percent."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,8 @@ Metric = Callable[[Any, Any], Tensor]
 ROUNDING = 1e-4
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Mean negative log likelihood in nats; output [batch, classes], target [batch].
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """Mean negative log likelihood in nats; output [batch, classes], or with such `logits`; target [batch].
 
     Raises:
         DataError: the output is no tensor: several heads need a loss of the user's own.
@@ -31,8 +31,15 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(one_head(output), target)
 
 
+def logits_of(output: Any) -> Any:
+    """The field `logits` of an output that has one, as of the transformers library; others as they are."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else output
+
+
 def one_head(output: Any) -> Tensor:
-    """The output itself. Raises DataError where it is none: in training, auxiliary heads give several."""
+    """The logits. Raises DataError where there are none: in training, auxiliary heads give several."""
+    output = logits_of(output)
     if isinstance(output, Tensor):
         return output
     raise DataError(
@@ -43,9 +50,10 @@ def one_head(output: Any) -> Tensor:
     )
 
 
-def top1_error(output: Tensor, target: Tensor) -> Tensor:
-    """[batch], 1 where the most likely class is not the target, else 0."""
-    return (output.argmax(1) != target).float()
+def top1_error(output: Any, target: Tensor) -> Tensor:
+    """[batch], 1 where the most likely class is not the target, else 0; output as of `cross_entropy`."""
+    errors: Tensor = logits_of(output).argmax(1) != target
+    return errors.float()
 
 
 def name_of(judge: Callable[..., Any]) -> str:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from vbdcompress.data import TensorBatches
 from vbdcompress.errors import DataError
-from vbdcompress.evaluation import ROUNDING, Loss, Metric, device_of, to_device, top1_error
+from vbdcompress.evaluation import ROUNDING, Loss, Metric, device_of, logits_of, to_device, top1_error
 from vbdcompress.inputs import Inputs, batch_size, call, first, in_eval_mode, shapes_of
 from vbdcompress.sources import Sources, describe_batch, first_batch
 
@@ -35,6 +35,7 @@ def try_metric(model: nn.Module, batches: Iterable[Any], part: str, metric: Metr
     """
 
     def check(output: Any, target: Any, errors: Any) -> None:
+        output = logits_of(output)
         if metric is top1_error and (target.is_floating_point() or target.shape != errors.shape):
             raise ValueError(f"classes are whole numbers of shape {list(output.argmax(1).shape)}")
         if metric is top1_error and not bool(((target >= 0) & (target < output.shape[1])).all()):
@@ -51,12 +52,15 @@ def try_metric(model: nn.Module, batches: Iterable[Any], part: str, metric: Metr
     _try_on(model, batches, part, metric, check)
 
 
-def check_classes(sources: Sources, classes: int) -> None:
+@torch.no_grad()
+def check_classes(model: nn.Module, samples: Inputs, sources: Sources) -> None:
     """Raise DataError for labels of no class in any batch that is measured: each would count as an error.
 
     Args:
-        classes: that the network knows.
+        samples: some inputs, to see how many classes the network knows.
     """
+    with in_eval_mode(model):
+        classes = logits_of(call(model, to_device(first(samples, 2), device_of(model)))).shape[1]
     for part, batches in (("validation", sources.validation), ("test", sources.test)):
         if batches is None:
             continue
@@ -124,7 +128,7 @@ def check_logits(model: nn.Module, samples: Inputs, *, by_label: bool) -> Tensor
         DataError: it is no logits: another shape, one column, or probabilities already.
     """
     with in_eval_mode(model), torch.no_grad():
-        output = call(model, samples)
+        output = logits_of(call(model, samples))
     what = "cross entropy" if by_label else "distillation"
     advice = "From Python, pass your own: compress(..., loss=, metric=, distill=0)"
     if not isinstance(output, Tensor) or output.dim() < 2 or (by_label and output.dim() > 2):

@@ -20,7 +20,7 @@ from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import computed_weights
 from vbdcompress.count import measure_size
 from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
-from vbdcompress.data.loaders import drawn_from, kept_generators, seed_generators, whole
+from vbdcompress.data.loaders import drawn_from, kept_generators, seed_generators, unpack_of, whole
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError, ExportError
 from vbdcompress.evaluation import Judge, Loss, Metric, cross_entropy, to_device, top1_error, with_gradients
@@ -67,7 +67,7 @@ def compress(
         model: any trained nn.Module, left as it was, or what torch.export made of one.
         loader: training batches (inputs, target), once an epoch; inputs are a tensor, a tuple of
             tensors (model(*inputs)) or a dict of them (model(**inputs)); (inputs,) where the network
-            takes a tuple or dict as its one argument.
+            takes a tuple or dict as its one argument. Or dicts of inputs with their "labels" among them.
         validation: batches that the network was not trained on; None splits some off the loader.
         test: batches whose error is measured once, at the end.
         loss: (output, target) -> scalar mean NLL in nats.
@@ -101,6 +101,7 @@ def compress(
         held_out: Literal[True] | None = None if validation is None else True
         if validation is None:
             loader, validation = split_loader(loader, config.validation_fraction, config.seed)
+        unpack = unpack_of(loader) if unpack is None else unpack
         if unpack is not None:
             loader, validation = Unpacked(loader, unpack), Unpacked(validation, unpack)
             test = None if test is None else Unpacked(test, unpack)

@@ -71,18 +71,16 @@ def check_run(
             check_labels(output, target, sources, judge.metric)
     if by_label and config.distill_share < 1:
         try_loss(model, sources.train, judge.loss)
-    _check_measured(model, sources, judge, outputs)
+    _check_measured(model, samples, sources, judge)
 
 
-def _check_measured(
-    model: nn.Module, sources: Sources, judge: Judge, outputs: Sequence[torch.Tensor]
-) -> None:
+def _check_measured(model: nn.Module, samples: Inputs, sources: Sources, judge: Judge) -> None:
     """Raise what measuring validation and test data would."""
     for part, batches in (("validation", sources.validation), ("test", sources.test)):
         if batches is not None:
             try_metric(model, batches, part, judge.metric)
     if judge.metric is top1_error:
-        check_classes(sources, outputs[0].shape[1])
+        check_classes(model, samples, sources)
 
 
 def _check_network(model: nn.Module, samples: Inputs) -> list[torch.Tensor]:

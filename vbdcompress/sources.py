@@ -84,7 +84,6 @@ def check_parts(loader: Iterable[Any], validation: Iterable[Any], test: Iterable
     """Raise DataError where a part yields no pairs, or them only once."""
     for batches in (loader, validation, test):
         check_repeatable(batches)
-    first_batch(loader)
     first_batch(validation, "validation loader")
     if test is not None:
         first_batch(test, "test loader")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vbdcompress.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.conversion import convert
+from vbdcompress.errors import DataError
 from vbdcompress.exported import from_exported
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import load_slim
@@ -119,6 +120,30 @@ def test_heads_and_widths_of_an_exported_one_go(name: str) -> None:
     with torch.no_grad():
         expected, cut = converted.model.eval()(**other), slimmed.model(**other)
     assert relative_difference([expected], [cut]) <= EXACT
+
+
+def test_compress_takes_dicts_with_labels_and_outputs_with_logits() -> None:
+    """As data sets of the transformers library are, without a loss, a metric or an unpack of one's own."""
+    batches = [{**batch(8, seed), "labels": torch.arange(8) % LABELS} for seed in range(3)]
+    options: dict[str, Any] = {"epochs": 1, "finetune_epochs": 1, "device": "cpu", "threshold": -5.0}
+    model = built("encoder_fused")
+    result = compress(model, batches, validation=batches, test=batches, **options)
+    wrong = {"before": model, "after": result.model.cpu()}
+    for when, network in wrong.items():
+        with torch.no_grad():
+            found = [
+                network(given["input_ids"], given["attention_mask"]).logits.argmax(1) != given["labels"]
+                for given in batches
+            ]
+        assert result.report["errors"]["test"][when] == pytest.approx(100 * torch.cat(found).float().mean())
+    # it follows the original, as a network of bare logits would
+    assert result.report["stages"][0]["distillation"]["share"] == 1
+
+
+def test_compress_says_which_batch_has_no_labels() -> None:
+    batches = [{**batch(8, 0), "labels": torch.arange(8) % LABELS}, batch(8, 1)]
+    with pytest.raises(DataError, match="a batch without 'labels'"):
+        compress(built("encoder_fused"), batches[:1], validation=batches, epochs=1)
 
 
 def test_compress_takes_batches_by_name(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The user's own loader: any iterable that yields (input, label) batches, once an epoch."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -19,6 +21,8 @@ from vbdcompress.errors import DataError
 from vbdcompress.inputs import batch_size
 
 Unpack = Callable[[Any], tuple[Any, Any]]
+# What the target is called among the parts of an example
+LABELS = ("labels", "label")
 
 
 class Unpacked:
@@ -45,6 +49,23 @@ class Unpacked:
     def set_epoch(self, epoch: int) -> None:
         """Tell the loader which epoch it is, where it asks."""
         set_epoch(self.loader, epoch)
+
+
+def unpack_of(loader: Iterable[Any]) -> Unpack | None:
+    """How batches are taken apart that are dicts with their labels among them; None for others."""
+    check_repeatable(loader)
+    batch = next(iter(loader), None)
+    if isinstance(batch, Mapping) and len(batch) > 1:
+        for name in LABELS:
+            if isinstance(batch.get(name), Tensor):
+                return partial(_without, name)
+    return None
+
+
+def _without(name: str, batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, Mapping) or name not in batch:
+        raise DataError("loader", f"yields a batch without '{name}', which the first had.")
+    return {key: value for key, value in batch.items() if key != name}, batch[name]
 
 
 def whole(loader: Any) -> Any:
