@@ -86,6 +86,45 @@ def test_a_hooked_one_stays() -> None:
     assert isinstance(model[0], Own)
 
 
+class Tied(nn.Module):
+    """A table of words, and a head of the network's own that reads it."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 4)
+        self.wide, self.narrow = nn.Linear(4, 12), nn.Linear(12, 4)
+        of = (lambda own, x: x @ own.matrix) if transposed else (lambda own, x: F.linear(x, own.matrix))
+        self.head = Own(of, (4, 9) if transposed else (9, 4))
+        if transposed:
+            self.other = Own(of, (4, 9))
+            self.other.matrix = self.head.matrix
+        else:
+            self.head.matrix = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.narrow(torch.relu(self.wide(self.words(ids))))
+        return self.head(x) + self.other(2 * x) if hasattr(self, "other") else self.head(x)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tied_ones_stay_tied(transposed: bool) -> None:
+    model = Tied(transposed)
+    converted = convert(model.eval(), torch.randint(0, 9, (2, 5)))
+    other = converted.model.other.matrix if transposed else converted.model.words.weight
+    head = converted.model.head
+    assert (head.matrix if transposed else head.weight) is other
+    assert "wide" in [group.name for group in converted.scan.removable]
+
+
+def test_looking_leaves_the_generator_as_it_was() -> None:
+    state = torch.get_rng_state()
+    assert open_linear(OTHERS["noisy in training"]()) is None
+    made = torch.get_rng_state()
+    torch.set_rng_state(state)
+    OTHERS["noisy in training"]()
+    assert torch.equal(torch.get_rng_state(), made)
+
+
 @pytest.mark.parametrize("mode", ["channels", "weights"])
 def test_a_network_of_them_is_cut_and_a_fresh_one_to_its_plan(mode: Any) -> None:
     def built() -> nn.Module:

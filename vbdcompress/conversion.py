@@ -64,8 +64,8 @@ class Converted:
     def undo(self) -> nn.Module:
         """A plain network again, a copy: the original where nothing was trained since.
 
-        Exact, but for attention and stacked recurrent layers: those stay opened, the same function to
-        rounding. Weights that parametrizations computed stay stored.
+        Exact, but for what was opened, see `opening`: that stays so, the same function to rounding. Weights
+        that parametrizations computed stay stored.
         """
         return self.plain(float("inf"))
 

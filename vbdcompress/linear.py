@@ -1,6 +1,7 @@
 """Modules of a network's own that do what nn.Linear does, such as Conv1D in the transformers library."""
 
 import copy
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,13 @@ class OpenLinear(nn.Linear):
     """nn.Linear in the place of a module that computes the same from a matrix and a bias of its own."""
 
 
-def open_linear(module: nn.Module) -> OpenLinear | None:
+def open_linear(module: nn.Module, tied: Collection[int] = ()) -> OpenLinear | None:
     """A module that multiplies by its matrix, or by its transpose, and adds its bias; None for others.
 
     Known by what it computes: it holds a matrix, at most a bias, and nothing else.
+
+    Args:
+        tied: ids of parameters that others hold, too: what is turned round would be theirs no more.
     """
     held = [parameter for parameter in module._parameters.values() if parameter is not None]
     biases = [parameter for parameter in held if parameter.dim() == 1]
@@ -31,11 +35,13 @@ def open_linear(module: nn.Module) -> OpenLinear | None:
     matrix, bias = matrices[0], next(iter(biases), None)
     for transposed in (False, True):
         weight = matrix.t() if transposed else matrix
+        if transposed and id(matrix) in tied:
+            return None
         if (bias is None or len(bias) == len(weight)) and _computes(module, transposed):
             layer = OpenLinear(weight.shape[1], len(weight), bias is not None, device="meta")
-            layer.weight = nn.Parameter(weight.detach().clone().contiguous(), matrix.requires_grad)
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+            turned = nn.Parameter(weight.detach().contiguous(), matrix.requires_grad)
+            layer.weight = turned if transposed else matrix
+            layer.register_parameter("bias", bias)
             return layer.train(module.training)
     return None
 
@@ -45,6 +51,7 @@ def _is_real(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
+@torch.random.fork_rng(devices=[])
 def _computes(module: nn.Module, transposed: bool) -> bool:
     """Whether it is that, in training too, whatever its weights are."""
     trial = copy.deepcopy(module).cpu().double()

@@ -1,5 +1,6 @@
 """Layers that are others in disguise, or hold others inside, replaced by the same with those in the open."""
 
+from collections import Counter
 from collections.abc import Collection
 
 from torch import nn
@@ -21,11 +22,13 @@ def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None
     replaced: dict[int, nn.Module | None] = {}
     modules = list(model.named_modules(remove_duplicate=False))
     wanted = {id(module) for name, module in modules if names is None or name in names}
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    tied = {number for number, count in held.items() if count > 1}
     for name, module in modules:
         if id(module) in wanted:
             if id(module) not in replaced:
                 hooked = module._forward_hooks or module._forward_pre_hooks  # they would be lost
-                replaced[id(module)] = None if hooked else _open(module)
+                replaced[id(module)] = None if hooked else _open(module, tied)
             opened = replaced[id(module)]
             if opened is not None and name:
                 parent, _, own = name.rpartition(".")
@@ -37,5 +40,5 @@ def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None
             module.use_nested_tensor = False  # its shortcut reads the weights past the layers
 
 
-def _open(module: nn.Module) -> Opened | None:
-    return open_attention(module) or open_recurrent(module) or open_linear(module)
+def _open(module: nn.Module, tied: Collection[int]) -> Opened | None:
+    return open_attention(module) or open_recurrent(module) or open_linear(module, tied)
