@@ -45,3 +45,32 @@ def test_each_channel_goes_alone(name: str) -> None:
     (group,) = converted.scan.removable
     assert group.size == 8
     assert [member.layer for member in group.readers] == ["b"]
+
+
+LARGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "max": torch.max,
+    "named": lambda one, other: torch.min(input=one, other=other),
+    "method": lambda one, other: one.max(other),
+}
+
+
+class Larger(nn.Module):
+    """The larger of what two layers write, as maxout networks take it."""
+
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.of = of
+        self.one, self.other, self.head = nn.Linear(6, 200), nn.Linear(6, 200), nn.Linear(200, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.of(self.one(x), self.other(x)))
+        return output
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_both_of_two_are_followed_whichever_is_larger_on_the_example(name: str) -> None:
+    torch.manual_seed(0)
+    (group,) = convert(Larger(LARGER[name]), torch.randn(1, 6)).scan.removable
+    assert (group.size, {member.layer for member in group.writers}) == (200, {"one", "other"})

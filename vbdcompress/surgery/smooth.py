@@ -19,7 +19,11 @@ _CLIPPING_ = {
     torch.Tensor.clamp_max_,
 }
 
-
+# The larger or smaller of two: their derivative says of one alone
+_BETWEEN_TWO = {
+    *(torch.max, torch.Tensor.max, torch.maximum, torch.Tensor.maximum, torch.fmax, torch.Tensor.fmax),
+    *(torch.min, torch.Tensor.min, torch.minimum, torch.Tensor.minimum, torch.fmin, torch.Tensor.fmin),
+}
 # They let no derivative through, and what they give is what they are given
 _STOPPING = {torch.detach, torch.Tensor.detach, torch.Tensor.detach_}
 # Of a derivative, let through all the same: x + (f(x) - x).detach() still depends on x
@@ -41,12 +45,21 @@ class Smooth(TorchFunctionMode):
             return args[0].copy_(_bend(args[0].clone()))
         if func in _CLIPPING and args[0].is_floating_point():
             return _bend(args[0])
+        if func in _BETWEEN_TWO and (two := _two_of(args, kwargs or {})):
+            return _bend(0.6 * two[0] + 0.4 * two[1])
         if func in _STOPPING and args[0].requires_grad:
             shared = _SHARE * args[0] + (1 - _SHARE) * args[0].detach()
             return args[0] if func is torch.Tensor.detach_ else shared
         if func in _LEAVING and args[0].requires_grad:
             args = (args[0].detach(), *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+def _two_of(args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
+    """The two real tensors that an operation is between; None where it is along a dimension of one."""
+    two = (*args, *(kwargs[name] for name in ("input", "other") if name in kwargs))
+    real = [isinstance(each, Tensor) and each.is_floating_point() for each in two]
+    return (two[0], two[1]) if real == [True, True] else None
 
 
 def _bend(x: Tensor) -> Tensor:
