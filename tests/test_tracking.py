@@ -147,7 +147,8 @@ def test_a_run_that_goes_on_tracks_where_it_stopped(tmp_path: Path) -> None:
 
 def test_run_tracks_what_its_report_says(tmp_path: Path, zoo: Path) -> None:
     out = tmp_path / "out"
-    options = ["--epochs", "2", "--finetune-epochs", "1", "--track", "tensorboard"]
+    track("tensorboard", out / "tracking")  # of an earlier run, of stages of the same names
+    options = ["--epochs", "2", "--finetune-epochs", "1", "--track", "tensorboard", "--overwrite"]
     main(["run", str(zoo / "digits.pt"), "--out", str(out), *options])
     found = read_events(out / "tracking")
     assert [step for step, _ in found["stage1/nll"]] == [1, 2]

@@ -221,8 +221,10 @@ def _run(file: Path, out: Path, config: RunConfig, reading: _Reading, ways: _Way
         data = reading.dataset(loaded, config)
     main = start_fabric(config).is_global_zero
     if main:
-        if not ways.resume and (out / STATE).is_dir():
-            shutil.rmtree(out / STATE)
+        if not ways.resume:  # tensorboard would draw the curves of an earlier run among this one's
+            for left in (STATE, TRACKING) if ways.track == "tensorboard" else (STATE,):
+                if (out / left).is_dir():
+                    shutil.rmtree(out / left)
         (out / STATE).mkdir(parents=True, exist_ok=True)
     sources = reading.sources(loaded, data, config)
     origin = Origin(out.name, file.name, loaded.architecture, dict(loaded.arguments or {}), loaded.plans)
