@@ -14,12 +14,13 @@ from networks import Network, randomise_
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from vbdcompress.compare import flatten_output, relative_difference
+from vbdcompress.compare import as_double, flatten_output, relative_difference
 from vbdcompress.conversion import Converted, convert
 from vbdcompress.count import layer_sizes, measure_size
 from vbdcompress.errors import TRACE_ERRORS, VbdcompressError
 from vbdcompress.exporting.onnx_file import export_onnx
 from vbdcompress.exporting.slim_file import SlimFile, load_slim, save_slim
+from vbdcompress.linear import OpenLinear
 from vbdcompress.records import InputSpec
 from vbdcompress.slimming import slim
 from vbdcompress.vbd.elbo import ELBO
@@ -47,15 +48,15 @@ def check(network: Network, mode: Any) -> dict[str, Any]:
         row["posteriors"] = sum(p.theta.numel() for p in find_posteriors(converted.model))
         row["step"] = _step(converted.model, example)
         # From here on in float64: what is left out must be left out exactly
-        converted = replace(converted, model=converted.model.double(), example=example.double())
+        converted = replace(converted, model=converted.model.double(), example=as_double(example))
         switch_off_(converted.model)
         started = time.perf_counter()
         slimmed = slim(converted, THRESHOLD)
         row["slim_seconds"] = round(time.perf_counter() - started, 1)
         set_threshold_(converted.model, THRESHOLD)
-        other = network.example(3).double()
+        other = as_double(network.example(3))
         row["difference"] = _difference(converted.model.eval(), slimmed.model, other)
-        after = measure_size(slimmed.model, example.double())
+        after = measure_size(slimmed.model, as_double(example))
         row["parameters_left"], row["macs_left"] = after.parameters, after.macs
         plain = slimmed.model.float()
         with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,9 @@ def _coverage(model: nn.Module, converted: Converted, example: Tensor) -> dict[s
     """How much of the network a posterior can remove, and why the rest stays."""
     layers = {row.name: row for row in layer_sizes(model, example)}
     kinds = nn.Linear | _ConvNd | nn.RNNBase
-    mixing = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    undone = converted.undo()
+    alike = {name for name, layer in undone.named_modules() if isinstance(layer, OpenLinear)}
+    mixing = [name for name, layer in model.named_modules() if isinstance(layer, kinds) or name in alike]
     touched = {row.name for row in converted.table if row.action == "converted"}
     if converted.mode == "channels":
         for group in converted.scan.removable:
@@ -90,7 +93,7 @@ def _coverage(model: nn.Module, converted: Converted, example: Tensor) -> dict[s
             touched |= {member.layer for member in members}
     else:
         touched |= {name.rpartition(".")[0] for name in touched}
-    opened = set(layers) - {row.name for row in layer_sizes(converted.undo(), example)}
+    opened = set(layers) - {row.name for row in layer_sizes(undone, example)}
     whole = [name for name in opened if any(t.startswith(name.rpartition(".")[0] + ".") for t in touched)]
     touched |= set(whole) | {name for name in layers if any(t.startswith(name + ".") for t in touched)}
     macs = sum(row.macs for row in layers.values())
@@ -125,7 +128,7 @@ def _step(model: nn.Module, example: Tensor) -> str:
         return "the objective is not finite"
     for posterior in find_posteriors(model):
         for tensor in (posterior.theta, posterior.log_sigma2):
-            if tensor.grad is None or not bool(tensor.grad.isfinite().all()):
+            if tensor.requires_grad and (tensor.grad is None or not bool(tensor.grad.isfinite().all())):
                 return f"no finite gradient for {posterior.name}"
     model.zero_grad(set_to_none=True)
     return "ok"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,21 @@ class Network:
         size: height and width of its input.
         options: of its builder.
         frames: of its input; 0 for networks of images.
+        takes: images or videos; words: token ids; sound: samples; spectra of it.
     """
 
     name: str
     size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
     frames: int = 0
+    takes: Literal["images", "words", "sound", "spectra"] = "images"
 
     def example(self, batch: int = 2) -> Tensor:
         """Random inputs, [batch, 3, size, size], of videos [batch, 3, frames, size, size]."""
+        if self.takes == "words":  # the last of them ends the sentence
+            return torch.cat([torch.randint(3, 100, (batch, 11)), torch.full((batch, 1), 2)], 1)
+        if self.takes != "images":
+            return torch.randn(batch, 16000) if self.takes == "sound" else torch.randn(batch, 80, 100)
         return torch.randn(batch, 3, *([self.frames] if self.frames else []), self.size, self.size)
 
     def build(self) -> nn.Module:
@@ -62,12 +68,33 @@ def _detection(name: str, **options: Any) -> nn.Module:
     return model
 
 
+class _Logits(nn.Module):
+    """A network of the transformers library as one from its main input to a tensor."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network, self.input = network, network.main_input_name
+
+    def forward(self, given: Tensor) -> Tensor:
+        output: Tensor = self.network(**{self.input: given}, return_dict=False)[0]
+        return output
+
+
+def _transformers(name: str, **options: Any) -> nn.Module:
+    """With random weights, of the size that its configuration has by itself."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    return _Logits(kind(kind.config_class(**options)))
+
+
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "torchvision": _torchvision,
     "segmentation": _segmentation,
     "detection": _detection,
     "video": _torchvision,
     "timm": _timm,
+    "transformers": _transformers,
 }
 
 # One of each family first, then its larger siblings
@@ -90,8 +117,21 @@ convnext_atto mobilenetv3_small_050 efficientnet_lite0 resnetv2_50 swin_tiny_pat
 deit_tiny_patch16_224 mixer_s32_224 repvgg_a0 densenet121 regnetx_002 maxvit_rmlp_pico_rw_256
 edgenext_xx_small sequencer2d_s
 """.split()
+_TRANSFORMERS: dict[Literal["images", "words", "sound", "spectra"], list[str]] = {
+    "words": """
+BertForSequenceClassification DistilBertForSequenceClassification GPT2LMHeadModel LlamaForCausalLM
+BartForSequenceClassification T5EncoderModel
+""".split(),
+    "images": """
+ViTForImageClassification SwinForImageClassification SegformerForSemanticSegmentation
+ConvNextForImageClassification
+""".split(),
+    "sound": ["Wav2Vec2ForSequenceClassification"],
+    "spectra": ["WhisperForAudioClassification"],
+}
 _VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"]
 _SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56, "s3d": 224, "sequencer2d_s": 112}
+_SIZES["SwinForImageClassification"] = 224
 _FRAMES = dict.fromkeys(_VIDEO, 4) | {"s3d": 16}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
@@ -102,6 +142,23 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "deit_tiny_patch16_224": {"img_size": 64},
     "mixer_s32_224": {"img_size": 64},
     "maxvit_rmlp_pico_rw_256": {"img_size": 64},
+    "GPT2LMHeadModel": {"use_cache": False},
+    "LlamaForCausalLM": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "use_cache": False,
+    },
+    "BartForSequenceClassification": {
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "d_model": 768,
+        "use_cache": False,
+    },
+    "ViTForImageClassification": {"image_size": 64},
+    "WhisperForAudioClassification": {"max_source_positions": 50},
 }
 _SIZES |= {name: options["img_size"] for name, options in _OPTIONS.items() if "img_size" in options}
 
@@ -118,6 +175,12 @@ NETWORKS = {
         Network(f"{library}:{name}", _SIZES.get(name, 64), _OPTIONS.get(name, {}), _FRAMES.get(name, 0))
         for name in names
     )
+} | {
+    f"transformers:{name}": Network(
+        f"transformers:{name}", _SIZES.get(name, 64), _OPTIONS.get(name, {}), takes=takes
+    )
+    for takes, names in _TRANSFORMERS.items()
+    for name in names
 }
 
 
