@@ -77,7 +77,7 @@ def to_onnx(
     try:
         with in_eval_mode(model), _quiet_exporter(), _without_a_look_at_masks():
             with torch.no_grad():
-                output = call(model, two)
+                output = call(model, resize(samples, TRACED + 1))
             output_names = names_of_outputs(output, names)
             bare = isinstance(two, Tensor) and isinstance(output, Tensor)
             module: Any = model if bare else _OfTensors(model, samples)

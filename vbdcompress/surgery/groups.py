@@ -73,6 +73,7 @@ class ChannelGroup:
         whole_because: why no channel may go; None where they may.
         parameters: others with something for each channel on the way: a scale, a table of heads.
         widths: names under which the writers' module may keep the number of channels of all these heads.
+        numbers: dotted names of what modules around its layers keep as the number of its channels.
         foldable: whether nothing but the writers decides what the readers are given; see `influence`.
         suspect: what keeps it whole where its trial fails; None: what the trial says.
     """
@@ -85,6 +86,7 @@ class ChannelGroup:
     whole_because: str | None = None
     parameters: tuple[Parameter, ...] = ()
     widths: tuple[str, ...] = HEAD_WIDTHS
+    numbers: tuple[str, ...] = ()
     foldable: bool = True
     suspect: str | None = None
 

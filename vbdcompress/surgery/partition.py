@@ -13,10 +13,13 @@ import numpy as np
 from torch import nn
 
 from vbdcompress.surgery.groups import NOT_HERE, READ_WIDTHS, ChannelGroup, Member
+from vbdcompress.surgery.plan import numbers_around
 from vbdcompress.surgery.weights import Index
 
 # More different ways through the network than this are no parts, but a shuffle
 MOST_PARTS = 8
+# Of numbers that happen to be as large as a group, no more are tried one by one
+MOST_NUMBERS = 8
 
 AnyMember = TypeVar("AnyMember", bound=Member)
 
@@ -64,8 +67,8 @@ def take(group: ChannelGroup, parts: Sequence[Index]) -> ChannelGroup:
 def in_parts(
     trial: nn.Module, group: ChannelGroup, goes: Callable[[ChannelGroup], bool]
 ) -> list[ChannelGroup]:
-    """A group that failed: with a width of its module's kept; or each part that goes alone, others in equal
-    shares where they do, and the rest.
+    """A group that failed: with a width of its module's kept, or with numbers that follow; or each part that
+    goes alone, others in equal shares where they do, and the rest.
 
     Args:
         trial: the network.
@@ -76,23 +79,42 @@ def in_parts(
     owners = {trial.get_submodule(member.layer.rpartition(".")[0]) for member in group.writers}
     if any(hasattr(owner, name) for owner in owners for name in READ_WIDTHS) and goes(fewer):
         return [fewer]
+    if met := _following_numbers(trial, replace(group, whole_because=None), goes):
+        return [met]
     parts = parts_of(group)
     single = [part for part in parts if goes(take(group, [part]))]
-    found = [[part] for part in single]
+    groups = [take(group, [part]) for part in single]
     rest = [part for part in parts if not any(part is other for other in single)]
-    if len(rest) > 1 and _alike(rest) and goes(take(group, rest)):
-        found.append(rest)
+    if len(rest) > 1 and _alike(rest) and goes(together := take(group, rest)):
+        groups.append(together)
         rest = []
     # what could go alone can also go with the others, who need it
-    if rest and _alike(parts) and goes(take(group, parts)):
-        found, rest = [parts], []
-    if not found:
+    if rest and _alike(parts):
+        together = take(group, parts)
+        met = together if goes(together) else _following_numbers(trial, together, goes)
+        groups, rest = ([met], []) if met else (groups, rest)
+    if not groups:
         return [group]
-    groups = [take(group, channels) for channels in found]
     if rest:
         groups.append(take(group, [np.concatenate(rest)]).whole(reason))
     names = [group.name, *(f"{group.name} ({number})" for number in range(2, len(groups) + 1))]
     return [replace(part, name=name) for part, name in zip(groups, names, strict=True)]
+
+
+def _following_numbers(
+    trial: nn.Module, group: ChannelGroup, goes: Callable[[ChannelGroup], bool]
+) -> ChannelGroup | None:
+    """The group with those numbers of channels that must follow it; None: there are none, or it fails."""
+    around = tuple(numbers_around(trial, group, 0))
+    tries = [around, *((number,) for number in around[:MOST_NUMBERS] if len(around) > 1)]
+    numbers = next((each for each in tries if each and goes(replace(group, numbers=each))), None)
+    if numbers is None:
+        return None
+    for number in numbers:  # one that only happens to be as large stays
+        fewer = tuple(other for other in numbers if other != number)
+        if fewer and goes(replace(group, numbers=fewer)):
+            numbers = fewer
+    return replace(group, numbers=numbers)
 
 
 def _alike(parts: Sequence[Index]) -> bool:

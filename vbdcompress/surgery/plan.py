@@ -1,7 +1,7 @@
 """From the channels that go to the RemovalPlan: what layers, and what stands beside them, lose."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -78,7 +78,38 @@ def _beside_layers(model: nn.Module, removed: list[tuple[ChannelGroup, Index]]) 
             numbers = _numbers_of(model.get_submodule(owner), group, len(gone))
             if numbers:
                 found[owner].attributes |= numbers
+        around = numbers_around(model, group, len(gone)) if group.numbers else {}
+        for number in group.numbers:
+            owner, _, own = number.rpartition(".")
+            found[owner].attributes[own] = around[number]
     return dict(found)
+
+
+def numbers_around(model: nn.Module, group: ChannelGroup, gone: int) -> dict[str, int]:
+    """Dotted names of numbers that modules around the group's layers keep, as many as its channels, or as the
+    positions of these in a layer -> what they are without those that go.
+
+    Args:
+        gone: how many of the group's channels go.
+    """
+    members = (*group.writers, *group.readers, *group.between)
+    counts = {group.size, *(int((member.index >= 0).sum()) for member in members)}
+    left = {count: count // group.size * (group.size - gone) for count in counts if count % group.size == 0}
+    around = {above for member in members for above in _above(member.layer)}
+    return {
+        f"{name}.{own}".lstrip("."): left[value]
+        for name in sorted(around)
+        if not isinstance(module := model.get_submodule(name), Opened)
+        for own, value in vars(module).items()
+        if type(value) is int and value in left
+    }
+
+
+def _above(layer: str) -> Iterator[str]:
+    """The modules that a layer stands in, the network itself last."""
+    while layer:
+        layer = layer.rpartition(".")[0]
+        yield layer
 
 
 def _numbers_of(owner: nn.Module, group: ChannelGroup, gone: int) -> dict[str, int]:

@@ -1,0 +1,105 @@
+"""Numbers of channels that networks keep beside their layers follow what is left, where nothing else does."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from small_networks import EXAMPLE, assert_cut_exactly, assert_groups, built, conv, pool, switch_off_
+from torch import Tensor, nn
+
+from vbdcompress.conversion import convert
+from vbdcompress.slimming import slim
+from vbdcompress.surgery.slice import apply_plan_
+
+
+class Halves(nn.Module):
+    """One half goes past a layer, the other through it; the width of a half is kept in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.inner, self.last = 12, conv(12, 12), conv(24, 5)
+        self.wide = nn.Sequential(conv(3, 24), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        past, through = self.wide(x).split((self.width, self.width), 1)
+        y: Tensor = self.last(torch.cat([past, through + self.inner(through)], 1))
+        return y
+
+
+class Scales(nn.Module):
+    """As Res2Net: each part but the last is convolved, and added to the next before that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.wide, self.last = conv(3, 24, 1), conv(24, 5, 1)
+        self.scales = nn.ModuleList(conv(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.wide(x).relu(), self.width, 1)
+        found = [self.scales[0](parts[0]).relu()]
+        for part, scale in zip(parts[1:3], self.scales[1:], strict=True):
+            found.append(scale(found[-1] + part).relu())
+        y: Tensor = self.last(torch.cat([*found, parts[3]], 1))
+        return y
+
+
+class Reshaped(nn.Module):
+    """Sizes of views are kept as numbers; others that are as large say something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.classes, self.flat, self.steps = 10, 10, 8 * 64, 8 * 64
+        self.wide, self.narrow, self.last = conv(3, 10), nn.Conv1d(10, 8, 1), nn.Linear(8 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.narrow(self.wide(x).view(len(x), self.dim, -1)).relu()
+        z: Tensor = self.last(y.view(-1, self.flat))
+        return z
+
+
+class Network(nn.Module):
+    """A block whose numbers are one step above its layers, and a head."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.block, self.head = block(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        z: Tensor = self.head(pool(y) if y.dim() == 4 else y)
+        return z
+
+
+NETWORKS = {
+    Halves: {"block.wide.0": 12, "block.last": 5},
+    Scales: {"block.wide": 6, "block.scales.2": 6, "block.last": 5},
+    Reshaped: {"block.wide": 10, "block.narrow": 8, "block.last": 5},
+}
+
+
+@pytest.mark.parametrize("block", NETWORKS)
+def test_groups_with_numbers_go_exactly(block: type[nn.Module]) -> None:
+    model = built(lambda: Network(block))
+    assert_groups(model, NETWORKS[block])
+    assert_cut_exactly(model, "channels")
+
+
+@pytest.mark.parametrize("block", NETWORKS)
+def test_a_fresh_network_is_cut_to_the_plan(block: type[nn.Module]) -> None:
+    converted = convert(built(lambda: Network(block)), EXAMPLE.double())
+    switch_off_(converted.model)
+    slimmed = slim(converted, 50.0)
+    fresh = built(lambda: Network(block))
+    apply_plan_(fresh, slimmed.plan)
+    fresh.load_state_dict(slimmed.model.state_dict())
+    assert torch.equal(fresh(EXAMPLE.double()), slimmed.model(EXAMPLE.double()))
+
+
+def test_a_number_that_only_happens_to_be_as_large_stays() -> None:
+    converted = convert(built(lambda: Network(Reshaped)), EXAMPLE.double())
+    switch_off_(converted.model)
+    block = slim(converted, 50.0).model.block
+    assert (block.dim, block.flat) == (block.wide.out_channels, block.last.in_features)
+    assert block.dim < 10
+    assert (block.classes, block.steps) == (10, 8 * 64)
