@@ -2,13 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vbdcompress import convert, slim
 from vbdcompress.architectures import build_architecture
@@ -228,3 +229,25 @@ def test_export_onnx_takes_a_transformer_under_a_causal_mask(tmp_path, kept):
     torch.manual_seed(0)
     check = export_onnx(Causal(kept).eval(), tmp_path / "model.onnx", torch.randn(4, 5, 8))
     assert check.max_difference < 1e-5
+
+
+class Gridded(nn.Module):
+    """Keeps a grid for the shape that it saw last, batch and all, as heads of detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shape = nn.Conv2d(3, 4, 3, padding=1), torch.Size()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.shape != y.shape:
+            self.grid, self.shape = torch.arange(y.shape[-1]).to(y.dtype), y.shape
+        return (y * self.grid).flatten(1)
+
+
+@pytest.mark.parametrize("seen", [1, 2, 3, 8])
+def test_a_shape_that_was_kept_does_not_fix_the_batch(seen: int, tmp_path: Path) -> None:
+    model, samples = Gridded().eval(), torch.randn(8, 3, 6, 6)
+    model(samples[:seen])
+    check = export_onnx(model, tmp_path / "model.onnx", samples, batch_sizes=(1, 2, 3, 7))
+    assert check.max_difference <= check.tolerance

@@ -66,13 +66,18 @@ class Flow:
 def reaching_channels(source: Source, slope: Tensor) -> list[int]:
     """Channels of a source at which its slope is not 0: those that reach the reading."""
     if source.dim is None:
-        return [0] if bool(slope.detach().any()) else []
+        return [0] if bool(_numbers(slope.detach()).any()) else []
     return _nonzero(slope.detach(), source.dim)
+
+
+def _numbers(slopes: Tensor) -> Tensor:
+    """Without what is none, as a root has at 0: other entries tell, and the trial does."""
+    return slopes.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _nonzero(tensor: Tensor, dim: int) -> list[int]:
     """Positions along a dimension at which a tensor of derivatives is not 0."""
-    sizes = tensor.abs().movedim(dim, 0).flatten(1).amax(1)
+    sizes = _numbers(tensor).abs().movedim(dim, 0).flatten(1).amax(1)
     return torch.nonzero(sizes > NONE * sizes.max()).flatten().tolist()
 
 
@@ -130,7 +135,7 @@ def _along(flows: Sequence[Flow], steps: Sequence[Tensor], cotangent: Tensor, di
         [flow.slope for flow in flows], cotangent, steps, retain_graph=True, allow_unused=True
     )
     moved = torch.zeros_like(cotangent) if moved is None else moved
-    return moved.movedim(dim, 0).reshape(moved.shape[dim], -1)
+    return _numbers(moved).movedim(dim, 0).reshape(moved.shape[dim], -1)
 
 
 def _match_single(
