@@ -165,6 +165,31 @@ class Branched(nn.Module):
         return self.head(torch.cat([self.a(x), self.b(x)], 1).relu().mean((2, 3)))
 
 
+class Joined(nn.Module):
+    """The middle of a stream is written by one layer alone, of which something stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Conv2d(2, width, 3) for width in (4, 12, 4))
+        self.whole = nn.Conv2d(2, 20, 3)
+        self.norm, self.last, self.head = nn.GroupNorm(5, 20), nn.Conv2d(20, 5, 1), nn.Conv2d(5, 3, 1)
+
+    def forward(self, x):
+        y = self.norm(torch.cat([part(x) for part in self.parts], 1) + self.whole(x))
+        return self.head(self.last(y).relu())
+
+
+def test_a_layer_keeps_a_channel_where_its_group_keeps_others():
+    torch.manual_seed(0)
+    model = Joined().double()
+    model.last.weight.data[:, 4:16] = 0.0  # all of the second part
+    batch = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    assert [group.size for group in find_groups(model, batch).removable] == [5, 5]
+    expected, found, _, slim = cut(model, batch)
+    assert (expected - found).abs().max() < 1e-12
+    assert [layer.out_channels for layer in (*slim.parts, slim.whole)] == [4, 4, 4, 12]
+
+
 def test_a_branch_that_nothing_reads_goes_with_all_of_its_layers():
     torch.manual_seed(0)
     model = Branched().double().eval()

@@ -7,6 +7,7 @@ alone; the one thing measured is the value of that constant behind norms and act
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -78,9 +79,27 @@ def plan_removal_(
         kept = most - len(gone - behind)  # none, where the last one lies behind a channel that goes
         wanted = min(most, -(-max(1, kept) // round_to) * round_to)
         gone -= set(sorted(gone - behind)[: wanted - kept])
+    for kind in ("writers", "readers", "between"):
+        _keep_one_of_each(state, kind)
     return plan_removed(
         model, [(group, state.removed[group.name]) for group in state.groups], state.new_biases
     )
+
+
+def _keep_one_of_each(state: _Liveness, kind: Literal["writers", "readers", "between"]) -> None:
+    """Let every layer keep a channel: what is left of its group may all be other layers'."""
+    parts: dict[str, list[tuple[ChannelGroup, Member]]] = {}
+    for group in state.groups:
+        if not group.is_features:
+            for member in getattr(group, kind):
+                parts.setdefault(member.layer, []).append((group, member))
+    for held in parts.values():
+        lost = np.zeros(len(held[0][1].index), dtype=bool)
+        for group, member in held:
+            lost[member.positions(np.array(sorted(state.removed[group.name]), dtype=np.int64))] = True
+        if lost.all():
+            group, member = held[0]
+            state.removed[group.name].discard(int(member.index[member.index >= 0].min()))
 
 
 def _behind_channels(state: _Liveness, features: ChannelGroup) -> set[int]:
