@@ -58,6 +58,23 @@ class Reshaped(nn.Module):
         return z
 
 
+class Gained(nn.Conv2d):
+    """Standardises its weights, with a gain of its own for each output, as NFNets do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.gain = nn.Parameter(torch.rand(outputs, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(flat, None, None, self.gain.view(-1), training=True)
+        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+def standardised() -> nn.Module:
+    return nn.Sequential(conv(3, 12), nn.ReLU(), Gained(12, 9), nn.ReLU(), conv(9, 5))
+
+
 class Network(nn.Module):
     """A block whose numbers are one step above its layers, and a head."""
 
@@ -74,19 +91,20 @@ class Network(nn.Module):
 NETWORKS = {
     Halves: {"block.wide.0": 12, "block.last": 5},
     Scales: {"block.wide": 6, "block.scales.2": 6, "block.last": 5},
+    standardised: {"block.2": 9, "block.4": 5},
     Reshaped: {"block.wide": 10, "block.narrow": 8, "block.last": 5},
 }
 
 
 @pytest.mark.parametrize("block", NETWORKS)
-def test_groups_with_numbers_go_exactly(block: type[nn.Module]) -> None:
+def test_groups_with_numbers_go_exactly(block: Callable[[], nn.Module]) -> None:
     model = built(lambda: Network(block))
     assert_groups(model, NETWORKS[block])
     assert_cut_exactly(model, "channels")
 
 
 @pytest.mark.parametrize("block", NETWORKS)
-def test_a_fresh_network_is_cut_to_the_plan(block: type[nn.Module]) -> None:
+def test_a_fresh_network_is_cut_to_the_plan(block: Callable[[], nn.Module]) -> None:
     converted = convert(built(lambda: Network(block)), EXAMPLE.double())
     switch_off_(converted.model)
     slimmed = slim(converted, 50.0)

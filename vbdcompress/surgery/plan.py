@@ -51,7 +51,8 @@ def plan_removed(
             lost = lost_inputs.get(name), lost_features.get(name), lost_outputs.get(name)
             cut = replace(_layer_cut(layer, *lost, name in new_biases), opened=cut.opened)
         if name in beside:
-            cut = replace(cut, parameters=beside[name].parameters, attributes=beside[name].attributes)
+            parameters = {**(cut.parameters or {}), **beside[name].parameters}
+            cut = replace(cut, parameters=parameters, attributes=beside[name].attributes)
         if cut != LayerCut():
             cuts[name] = cut
     return RemovalPlan(cuts)
@@ -134,11 +135,21 @@ def _layer_cut(
     arriving = np.setdiff1d(np.arange(width_in), inputs if inputs is not None else [])
     kept = np.setdiff1d(arriving, features if features is not None else [])
     picks = features is not None and len(kept) < len(arriving)
+    left = None if outputs is None else _tuple(np.setdiff1d(np.arange(width_out), outputs))
+    beside = {}
+    if left is not None and not type(layer).__module__.startswith("torch.nn."):
+        # a layer of the network's own may hold more for each output, as gains of standardised weights
+        beside = {
+            own: (0, left)
+            for own, held in layer._parameters.items()
+            if own not in ("weight", "bias") and held is not None and held.shape[:1] == (width_out,)
+        }
     return LayerCut(
         inputs=_tuple(kept) if len(kept) < width_in else None,
-        outputs=None if outputs is None else _tuple(np.setdiff1d(np.arange(width_out), outputs)),
+        outputs=left,
         gather=_tuple(np.searchsorted(arriving, kept)) if picks else None,
         new_bias=new_bias,
+        parameters=beside or None,
     )
 
 
