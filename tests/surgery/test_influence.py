@@ -212,6 +212,27 @@ def test_a_layer_that_only_holds_another_s_weight_is_no_branch() -> None:
     assert [(group.name, group.size) for group in scan.removable] == [("wide", 12)]
 
 
+class Untrainable(nn.Module):
+    """Looks at values; in training it asks for targets, before its depthwise layer runs, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.deep = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)
+        self.more, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 3, h, w] -> [batch, 2, h - 2, w - 2]."""
+        if self.training or bool((x > 1000).any()):
+            raise ValueError("targets should not be None")
+        y: Tensor = self.last(self.more(self.deep(self.wide(x)).relu()).relu())
+        return y
+
+
+def test_a_depthwise_layer_that_ran_is_no_branch() -> None:
+    groups = find_groups(Untrainable().eval(), torch.randn(2, 3, 6, 6)).removable
+    assert [(group.name, group.size) for group in groups] == [("wide", 8), ("more", 8)]
+
+
 class Guarded(nn.Module):
     """Looks at values, and holds a layer of no use to anybody."""
 

@@ -55,11 +55,13 @@ class Influences:
     Attributes:
         readers: mixing layer that ran -> the layers that its input was computed from, INPUT and DECISION
             among them.
+        called: modules that ran.
         read_elsewhere: layers whose weight is used outside of their own call.
         branches: whether the network's code looked at values, so that other inputs may go another way.
     """
 
     readers: dict[str, set[str]] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
     read_elsewhere: set[str] = field(default_factory=set)
     branches: bool = False
 
@@ -96,7 +98,7 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
     for group in scan.groups:
         for member in group.readers:
             writers.setdefault(member.layer, set()).update(writer.layer for writer in group.writers)
-    idle = _idle_layers(trial, inputs, set(found.readers)) if found.branches else {}
+    idle = _idle_layers(trial, inputs, found.called) if found.branches else {}
     groups = []
     for group in scan.groups:
         decided = (found.readers.get(m.layer, {INPUT}) <= writers[m.layer] for m in group.readers)
@@ -193,6 +195,7 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter(self, name: str, module: nn.Module) -> Any:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             self.running.append(name)
+            self.found.called.add(name)
             if is_mixing(module):
                 self.found.branches |= self.looked  # a look behind the last layer changes none's input
                 self.found.readers.setdefault(name, set()).update(self.of(_tensors((args, kwargs))))
