@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from vbdcompress.opening import Opened
 from vbdcompress.surgery.groups import ChannelGroup, Member
@@ -137,7 +138,7 @@ def _layer_cut(
     picks = features is not None and len(kept) < len(arriving)
     left = None if outputs is None else _tuple(np.setdiff1d(np.arange(width_out), outputs))
     beside = {}
-    if left is not None and not type(layer).__module__.startswith("torch.nn."):
+    if left is not None and isinstance(layer, nn.Linear | _ConvNd):
         # a layer of the network's own may hold more for each output, as gains of standardised weights
         beside = {
             own: (0, left)
