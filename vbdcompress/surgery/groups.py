@@ -55,7 +55,7 @@ class Parameter(Member):
 
 
 # What attention calls the number of all channels of its heads,
-HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "split_size", "embed_dim", "dim")
+HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "embed_dim", "dim")
 # and what may be the number of channels it reads, too, which stays
 READ_WIDTHS = ("embed_dim", "dim")
 
