@@ -1,6 +1,7 @@
 """Numbers of channels that networks keep beside their layers follow what is left, where nothing else does."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from vbdcompress.conversion import convert
 from vbdcompress.slimming import slim
 from vbdcompress.surgery.slice import apply_plan_
+from vbdcompress.surgery.verify import find_groups
 
 
 class Halves(nn.Module):
@@ -56,6 +58,36 @@ class Reshaped(nn.Module):
         y = self.narrow(self.wide(x).view(len(x), self.dim, -1)).relu()
         z: Tensor = self.last(y.view(-1, self.flat))
         return z
+
+
+class Called(nn.Module):
+    """As `Scales`, but it keeps that number under another name, or has it written in its code."""
+
+    def __init__(self, *, written: bool) -> None:
+        super().__init__()
+        self.step = None if written else 6
+        self.wide, self.last = conv(3, 24, 1), conv(24, 5, 1)
+        self.scales = nn.ModuleList(conv(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.wide(x).relu(), self.step or 6, 1)
+        found = [self.scales[0](parts[0]).relu()]
+        for part, scale in zip(parts[1:3], self.scales[1:], strict=True):
+            found.append(scale(found[-1] + part).relu())
+        y: Tensor = self.last(torch.cat([*found, parts[3]], 1))
+        return y
+
+
+class Blocks(nn.Module):
+    """Blocks whose layers are called alike, side by side."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(pool(torch.stack([block(x) for block in self.blocks]).sum(0)))
+        return y
 
 
 class Gained(nn.Conv2d):
@@ -112,6 +144,22 @@ def test_a_fresh_network_is_cut_to_the_plan(block: Callable[[], nn.Module]) -> N
     apply_plan_(fresh, slimmed.plan)
     fresh.load_state_dict(slimmed.model.state_dict())
     assert torch.equal(fresh(EXAMPLE.double()), slimmed.model(EXAMPLE.double()))
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_block_that_the_first_of_its_kind_does_not_help_goes_its_own_way(first: int) -> None:
+    blocks = [Scales, partial(Called, written=False), partial(Called, written=True)]
+    kinds = [*range(first, 3), *range(first), first]
+    model = built(lambda: Blocks(*(blocks[kind]() for kind in kinds)))
+    for number, kind in enumerate(kinds):
+        alone = built(lambda kind=kind: Blocks(blocks[kind]()))
+        assert groups_of_block(model, number) == groups_of_block(alone, 0)
+    assert_cut_exactly(model, "channels")
+
+
+def groups_of_block(model: nn.Module, number: int) -> list[tuple[int, bool]]:
+    scan, name = find_groups(model, EXAMPLE.double()), f"blocks.{number}.wide"
+    return [(g.size, g.whole_because is None) for g in scan.groups if g.name.startswith(name)]
 
 
 def test_a_number_that_only_happens_to_be_as_large_stays() -> None:

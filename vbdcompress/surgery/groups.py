@@ -54,12 +54,6 @@ class Parameter(Member):
     dim: int = 0
 
 
-# What attention calls the number of all channels of its heads,
-HEAD_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "embed_dim", "dim")
-# and what may be the number of channels it reads, too, which stays
-READ_WIDTHS = ("embed_dim", "dim")
-
-
 @dataclass(frozen=True)
 class ChannelGroup:
     """Channels that must be removed together, or the single features that one Linear reads.
@@ -72,8 +66,8 @@ class ChannelGroup:
         between: layers with something for each channel on the way: batch norm, depthwise convolution.
         whole_because: why no channel may go; None where they may.
         parameters: others with something for each channel on the way: a scale, a table of heads.
-        widths: names under which the writers' module may keep the number of channels of all these heads.
-        numbers: dotted names of what modules around its layers keep as the number of its channels.
+        numbers: dotted names of what modules around its layers keep as the number of its channels; see
+            `numbers`.
         foldable: whether nothing but the writers decides what the readers are given; see `influence`.
         suspect: what keeps it whole where its trial fails; None: what the trial says.
     """
@@ -85,7 +79,6 @@ class ChannelGroup:
     between: tuple[Member, ...] = ()
     whole_because: str | None = None
     parameters: tuple[Parameter, ...] = ()
-    widths: tuple[str, ...] = HEAD_WIDTHS
     numbers: tuple[str, ...] = ()
     foldable: bool = True
     suspect: str | None = None

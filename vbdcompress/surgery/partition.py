@@ -5,22 +5,22 @@ go, the others are as many as the network's code says. Code that takes a tensor 
 lose alike.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from torch import nn
 
-from vbdcompress.surgery.groups import NOT_HERE, READ_WIDTHS, ChannelGroup, Member
-from vbdcompress.surgery.plan import numbers_around
+from vbdcompress.surgery.groups import NOT_HERE, ChannelGroup, Member
+from vbdcompress.surgery.numbers import following_numbers, numbers_around, with_heads
 from vbdcompress.surgery.weights import Index
 
 # More different ways through the network than this are no parts, but a shuffle
 MOST_PARTS = 8
-# Of numbers that happen to be as large as a group, no more are tried one by one
-MOST_NUMBERS = 8
 
+Kind = tuple[tuple[str, ...], ...]
 AnyMember = TypeVar("AnyMember", bound=Member)
 
 
@@ -64,57 +64,92 @@ def take(group: ChannelGroup, parts: Sequence[Index]) -> ChannelGroup:
     )
 
 
-def in_parts(
+@dataclass(frozen=True)
+class Piece:
+    """Some of a group's channels, and how they go.
+
+    Attributes:
+        parts: which of `parts_of`; the nth channels of each go together. None: all channels, one by one.
+        numbers: as of ChannelGroup.
+        stays: whether they stay whole instead.
+    """
+
+    parts: tuple[int, ...] | None = None
+    numbers: tuple[str, ...] = ()
+    stays: bool = False
+
+
+def find_pieces(
     trial: nn.Module, group: ChannelGroup, goes: Callable[[ChannelGroup], bool]
-) -> list[ChannelGroup]:
-    """A group that failed: with a width of its module's kept, or with numbers that follow; or each part that
-    goes alone, others in equal shares where they do, and the rest.
+) -> tuple[Piece, ...]:
+    """How a group that failed can go: as it is, with numbers that follow; or each part that goes alone,
+    others in equal shares where they do, and the rest stays.
 
     Args:
         trial: the network.
         goes: whether the trial of a group finds it exact.
     """
-    reason = group.whole_because or ""
-    fewer = replace(group, whole_because=None, widths=tuple(n for n in group.widths if n not in READ_WIDTHS))
-    owners = {trial.get_submodule(member.layer.rpartition(".")[0]) for member in group.writers}
-    if any(hasattr(owner, name) for owner in owners for name in READ_WIDTHS) and goes(fewer):
-        return [fewer]
-    if met := _following_numbers(trial, replace(group, whole_because=None), goes):
-        return [met]
+    group = replace(group, whole_because=None)
+    if met := following_numbers(trial, group, goes):
+        return (Piece(None, met.numbers),)
     parts = parts_of(group)
-    single = [part for part in parts if goes(take(group, [part]))]
-    groups = [take(group, [part]) for part in single]
-    rest = [part for part in parts if not any(part is other for other in single)]
-    if len(rest) > 1 and _alike(rest) and goes(together := take(group, rest)):
-        groups.append(together)
+
+    def of(*chosen: int) -> ChannelGroup:
+        return with_heads(trial, take(group, [parts[number] for number in chosen]))
+
+    pieces = [Piece((n,), part.numbers) for n in range(len(parts)) if goes(part := of(n))]
+    rest = [n for n in range(len(parts)) if (n,) not in {piece.parts for piece in pieces}]
+    if len(rest) > 1 and _alike([parts[n] for n in rest]) and goes(together := of(*rest)):
+        pieces.append(Piece(tuple(rest), together.numbers))
         rest = []
     # what could go alone can also go with the others, who need it
     if rest and _alike(parts):
-        together = take(group, parts)
-        met = together if goes(together) else _following_numbers(trial, together, goes)
-        groups, rest = ([met], []) if met else (groups, rest)
-    if not groups:
-        return [group]
-    if rest:
-        groups.append(take(group, [np.concatenate(rest)]).whole(reason))
-    names = [group.name, *(f"{group.name} ({number})" for number in range(2, len(groups) + 1))]
-    return [replace(part, name=name) for part, name in zip(groups, names, strict=True)]
+        together = of(*range(len(parts)))
+        met = together if goes(together) else following_numbers(trial, together, goes)
+        if met:
+            return (Piece(tuple(range(len(parts))), met.numbers),)
+    if pieces and rest:
+        pieces.append(Piece(tuple(rest), stays=True))
+    return tuple(pieces) or (Piece(stays=True),)
 
 
-def _following_numbers(
-    trial: nn.Module, group: ChannelGroup, goes: Callable[[ChannelGroup], bool]
-) -> ChannelGroup | None:
-    """The group with those numbers of channels that must follow it; None: there are none, or it fails."""
-    around = tuple(numbers_around(trial, group, 0))
-    tries = [around, *((number,) for number in around[:MOST_NUMBERS] if len(around) > 1)]
-    numbers = next((each for each in tries if each and goes(replace(group, numbers=each))), None)
-    if numbers is None:
-        return None
-    for number in numbers:  # one that only happens to be as large stays
-        fewer = tuple(other for other in numbers if other != number)
-        if fewer and goes(replace(group, numbers=fewer)):
-            numbers = fewer
-    return replace(group, numbers=numbers)
+def kind_of(group: ChannelGroup) -> Kind:
+    """What it has in common with groups of other blocks that are built alike: names but for digits."""
+    members = group.writers, group.readers, group.between
+    return tuple(tuple(_pattern(member.layer) for member in each) for each in members)
+
+
+def _pattern(name: str) -> str:
+    block, _, own = name.rpartition(".")
+    return f"{re.sub(r'[0-9]+', '#', block)}.{own}"
+
+
+def divide(trial: nn.Module, group: ChannelGroup, pieces: Sequence[Piece]) -> list[ChannelGroup]:
+    """A group in pieces, as `find_pieces` found them of this group, or of another one of its kind.
+
+    Args:
+        group: with the reason for those that stay whole.
+    """
+    parts, divided = parts_of(group), []
+    for piece in pieces:
+        if (piece.stays and piece.parts is None) or any(n >= len(parts) for n in piece.parts or ()):
+            return [group]
+        part = replace(group, whole_because=None)
+        if piece.parts is not None:
+            chosen = [parts[n] for n in piece.parts]
+            part = take(group, [np.concatenate(chosen)] if piece.stays else chosen)
+        part = replace(part, numbers=_numbers_like(piece.numbers, numbers_around(trial, part, 0)))
+        divided.append(part.whole(group.whole_because or "") if piece.stays else part)
+    names = [group.name, *(f"{group.name} ({number})" for number in range(2, len(divided) + 1))]
+    return [replace(part, name=name) for part, name in zip(divided, names, strict=True)]
+
+
+def _numbers_like(numbers: tuple[str, ...], around: Collection[str]) -> tuple[str, ...]:
+    """The same numbers, or those that are called so in another block."""
+    if set(numbers) <= set(around):
+        return numbers
+    alike = {_pattern(number) for number in numbers}
+    return tuple(number for number in around if _pattern(number) in alike)
 
 
 def _alike(parts: Sequence[Index]) -> bool:

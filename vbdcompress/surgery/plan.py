@@ -1,7 +1,7 @@
 """From the channels that go to the RemovalPlan: what layers, and what stands beside them, lose."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,11 +10,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from vbdcompress.opening import Opened
 from vbdcompress.surgery.groups import ChannelGroup, Member
+from vbdcompress.surgery.numbers import numbers_around
 from vbdcompress.surgery.slice import LayerCut, RemovalPlan
 from vbdcompress.surgery.weights import Index, layer_widths, outputs_of_inputs
-
-# What attention calls the number of its heads
-HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 
 
 def plan_removed(
@@ -75,58 +73,11 @@ def _beside_layers(model: nn.Module, removed: list[tuple[ChannelGroup, Index]]) 
             _, before = found[owner].parameters.get(own, (parameter.dim, range(len(parameter.index))))
             kept = np.setdiff1d(np.array(before), parameter.positions(gone))
             found[owner].parameters[own] = (parameter.dim, _tuple(kept))
-        for member in group.writers:
-            owner = member.layer.rpartition(".")[0]
-            numbers = _numbers_of(model.get_submodule(owner), group, len(gone))
-            if numbers:
-                found[owner].attributes |= numbers
         around = numbers_around(model, group, len(gone)) if group.numbers else {}
         for number in group.numbers:
             owner, _, own = number.rpartition(".")
             found[owner].attributes[own] = around[number]
     return dict(found)
-
-
-def numbers_around(model: nn.Module, group: ChannelGroup, gone: int) -> dict[str, int]:
-    """Dotted names of numbers that modules around the group's layers keep, as many as its channels, or as the
-    positions of these in a layer -> what they are without those that go.
-
-    Args:
-        gone: how many of the group's channels go.
-    """
-    members = (*group.writers, *group.readers, *group.between)
-    counts = {group.size, *(int((member.index >= 0).sum()) for member in members)}
-    left = {count: count // group.size * (group.size - gone) for count in counts if count % group.size == 0}
-    around = {above for member in members for above in _above(member.layer)}
-    return {
-        f"{name}.{own}".lstrip("."): left[value]
-        for name in sorted(around)
-        if not isinstance(module := model.get_submodule(name), Opened)
-        for own, value in vars(module).items()
-        if type(value) is int and value in left
-    }
-
-
-def _above(layer: str) -> Iterator[str]:
-    """The modules that a layer stands in, the network itself last."""
-    while layer:
-        layer = layer.rpartition(".")[0]
-        yield layer
-
-
-def _numbers_of(owner: nn.Module, group: ChannelGroup, gone: int) -> dict[str, int]:
-    """Numbers of heads, or of their channels, that a module keeps, as they are without those that went."""
-    if isinstance(owner, Opened):
-        return {}
-    heads = {name: group.size - gone for name in HEAD_NUMBERS if vars(owner).get(name) == group.size}
-    if not heads:
-        return {}
-    width = len(group.readers[0].index)
-    return heads | {
-        name: width // group.size * (group.size - gone)
-        for name in group.widths
-        if vars(owner).get(name) == width
-    }
 
 
 def _layer_cut(
