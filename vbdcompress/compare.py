@@ -14,14 +14,32 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # Largest |masked - sliced| over the largest |masked|, in float64
 EXACT = 1e-10
+# What a module keeps its weights and parts in
+_PARTS = ("_parameters", "_modules")
 
 
-def forget_graph_(model: nn.Module) -> None:
-    """Detach what forward kept of its last step, such as losses on the way: it can be copied then."""
+def forget_calls_(model: nn.Module) -> None:
+    """Let go of what forward kept, in place.
+
+    What it computed of weights once in eval mode, such as tables of attention, would be of other weights
+    later: modules that keep such drop it as they go to training mode. Losses on the way are detached, so that
+    the network can be copied.
+    """
     for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if name not in ("_parameters", "_modules") and any(map(is_computed, tree_leaves(value))):
-                vars(module)[name] = tree_map(_detached, value)
+        held = {name: tree_leaves(value) for name, value in vars(module).items() if name not in _PARTS}
+        if any(isinstance(item, Tensor) for name in held.keys() - {"_buffers"} for item in held[name]):
+            _train_and_back(module)
+        for name, items in held.items():
+            if name in vars(module) and any(map(is_computed, items)):
+                vars(module)[name] = tree_map(_detached, vars(module)[name])
+
+
+def _train_and_back(module: nn.Module) -> None:
+    modes = [(each, each.training) for each in module.modules()]
+    module.train()
+    module.eval()
+    for each, training in modes:
+        each.training = training
 
 
 def _detached(item: Any) -> Any:
@@ -45,6 +63,7 @@ def double_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in eval mode, all numbers in double precision; torch's own leaves complex ones."""
     copied = copy.deepcopy(model).cpu().double()
     copied.eval()
+    forget_calls_(copied)
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.is_complex():
             tensor.data = tensor.data.to(torch.complex128)

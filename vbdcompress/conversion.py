@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from vbdcompress.compare import as_double, double_copy, in_double
+from vbdcompress.compare import as_double, double_copy, forget_calls_, in_double
 from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import with_gradients
@@ -77,6 +77,7 @@ class Converted:
         """
         model = evaluated(copy.deepcopy(self.model))
         set_threshold_(model, threshold, round_to)
+        forget_calls_(model)
         for module in list(model.modules()):
             if isinstance(getattr(module, "input_gate", None), InputGate):
                 fold_gate_(module, detach_gate_(module))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vbdcompress.checkpoints import FitCheckpoint, FitState
-from vbdcompress.compare import forget_graph_
+from vbdcompress.compare import forget_calls_
 from vbdcompress.compilation import compile_, compiled_code
 from vbdcompress.config import FitConfig
 from vbdcompress.data import TensorBatches, Unpacked, count_examples, on_device
@@ -151,7 +151,7 @@ def fit(
     if config.precision == "64-true":
         model.to(dtype)
     lay_out_(model, torch.contiguous_format)
-    forget_graph_(model)
+    forget_calls_(model)
     model.eval()
     return FitResult(model, tuple(rows), fabric.is_global_zero, restored)
 

@@ -14,7 +14,7 @@ from vbdcompress.compare import (
     as_double,
     double_copy,
     flatten_output,
-    forget_graph_,
+    forget_calls_,
     in_double,
     relative_difference,
 )
@@ -81,7 +81,7 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
     if math.isnan(chosen) or round_to < 1:
         told = f"threshold = {chosen:g}, round_to = {round_to}"
         raise ConfigError("slim", f"{told}; allowed are a number, and 1 or more.")
-    forget_graph_(converted.model)  # of a loop of the user's own
+    forget_calls_(converted.model)  # of a loop of the user's own
     dtypes = {
         plain: tensor.dtype
         for name, tensor in _tensors(converted.model)

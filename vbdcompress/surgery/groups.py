@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbdcompress.compare import forget_calls_
 from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, holds_data, map_tensors
@@ -148,6 +149,7 @@ def _trace(
     buffers: bool,
 ) -> GroupScan:
     try:
+        forget_calls_(model)
         is_data = holds_data(example)
         given = map_tensors(example, lambda tensor: prepare(tensor, is_data(tensor)))
         recording = record(model, given, role_of, buffers=buffers)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vbdcompress.compare import forget_graph_
+from vbdcompress.compare import forget_calls_
 from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.inputs import Inputs, call, noting_calls, tensors_of
 from vbdcompress.surgery.groups import GroupScan
@@ -93,7 +93,7 @@ def heed_influences(trial: nn.Module, inputs: Inputs, scan: GroupScan) -> GroupS
         groups = [replace(group, foldable=False) for group in scan.groups]
         return replace(scan, groups=tuple(groups), read_elsewhere=layers)
     finally:
-        forget_graph_(trial)
+        forget_calls_(trial)
     writers: dict[str, set[str]] = {}
     for group in scan.groups:
         for member in group.readers:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from vbdcompress.compare import forget_calls_
 from vbdcompress.errors import SlimError
 from vbdcompress.gather import GatherLinear
 from vbdcompress.opening import open_layers_
@@ -122,6 +123,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
             cut_layer_(layer, cut)
         except (IndexError, RuntimeError, TypeError, AttributeError) as error:
             raise SlimError("removal plan", f"does not fit layer '{name}' ({layer}): {error}") from error
+    forget_calls_(model)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.compare import as_real, double_copy, flatten_output
+from vbdcompress.compare import as_real, double_copy, flatten_output, forget_calls_
 from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.inputs import Inputs, call
 
@@ -25,7 +25,10 @@ def trial_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     """
     trial = _random_copy(model, seed)
     lost = _count_lost(trial, inputs)
-    return _near_copy(model, seed) if lost and lost > _count_lost(double_copy(model), inputs) else trial
+    if lost and lost > _count_lost(double_copy(model), inputs):
+        return _near_copy(model, seed)
+    forget_calls_(trial)
+    return trial
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from itertools import chain, islice
 from torch import nn
 from torch.nn.utils import parametrize
 
-from vbdcompress.compare import as_double, forget_graph_, in_double
+from vbdcompress.compare import as_double, forget_calls_, in_double
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.surgery.attempt import leading_masks, random_masks, try_groups, uneven_masks
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan, trace_groups
@@ -44,7 +44,7 @@ def find_groups(model: nn.Module, example: Inputs, *, features: bool = False, se
 
 def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: bool, seed: int) -> GroupScan:
     traced = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
-    forget_graph_(trial)  # what its forward keeps of a call, it could not be copied with
+    forget_calls_(trial)  # what its forward keeps of a call, it could not be copied with
     traced = heed_influences(trial, inputs, traced)
     traced = replace(traced, groups=tuple(with_heads(trial, group) for group in traced.groups))
     search = _Search(trial, inputs, seed)
