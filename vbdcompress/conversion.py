@@ -18,7 +18,7 @@ from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.matrices import why_no_matrix
 from vbdcompress.modes import evaluated
 from vbdcompress.originals import check_model, check_noise, copy_of, open_where_alike, unwrap
-from vbdcompress.parametrized import store_weights_
+from vbdcompress.parametrized import computes_weights, store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
@@ -45,7 +45,7 @@ class Converted:
         table: every layer, converted or left, with the reason.
         scan: the channel groups, found on the plain network.
         example: the batch that the network was traced with, on the CPU.
-        stored: modules whose parametrizations (weight_norm, ...) became plain weights.
+        stored: modules whose computed weights (weight_norm, standardised ones) became plain.
     """
 
     model: nn.Module
@@ -163,10 +163,10 @@ def convert(
 
 
 def computed_weights(model: nn.Module, skip: Sequence[str]) -> Iterator[str]:
-    """Names of modules whose weights parametrizations of the user's own compute, but for what is skipped."""
+    """Names of modules whose weights the user's parametrizations, or code, compute, not of those to skip."""
     for name, module in model.named_modules():
         ours = any(isinstance(inner, SampledWeight) for inner in module.modules())
-        if parametrize.is_parametrized(module) and not ours and not _is_skipped_in_part(name, skip):
+        if not ours and not _is_skipped_in_part(name, skip) and computes_weights(module):
             yield name
 
 

@@ -91,19 +91,17 @@ class Blocks(nn.Module):
 
 
 class Gained(nn.Conv2d):
-    """Standardises its weights, with a gain of its own for each output, as NFNets do."""
+    """A gain of its own for each output."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1)
-        self.gain = nn.Parameter(torch.rand(outputs, 1, 1, 1) + 0.5)
+        self.gain = nn.Parameter(torch.rand(outputs, 1, 1) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = self.weight.reshape(1, self.out_channels, -1)
-        weight = nn.functional.batch_norm(flat, None, None, self.gain.view(-1), training=True)
-        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+        return super().forward(x) * self.gain
 
 
-def standardised() -> nn.Module:
+def gained() -> nn.Module:
     return nn.Sequential(conv(3, 12), nn.ReLU(), Gained(12, 9), nn.ReLU(), conv(9, 5))
 
 
@@ -123,7 +121,7 @@ class Network(nn.Module):
 NETWORKS = {
     Halves: {"block.wide.0": 12, "block.last": 5},
     Scales: {"block.wide": 6, "block.scales.2": 6, "block.last": 5},
-    standardised: {"block.2": 9, "block.4": 5},
+    gained: {"block.2": 9, "block.4": 5},
     Reshaped: {"block.wide": 10, "block.narrow": 8, "block.last": 5},
 }
 

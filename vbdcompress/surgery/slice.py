@@ -35,7 +35,7 @@ class LayerCut:
             wider than what it reads; None reads it as it comes.
         new_bias: a bias is added to a layer that had none, to hold constants of removed inputs.
         opened: the module is replaced by its opened form, see `opening`.
-        stored: what its parametrizations computed are plain weights.
+        stored: its computed weights are plain ones, see `parametrized`.
         attributes: new values of numbers that the module keeps beside its layers, such as num_heads.
         parameters: own parameter -> (dimension, kept positions).
     """
