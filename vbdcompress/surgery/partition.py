@@ -79,6 +79,10 @@ class Piece:
     stays: bool = False
 
 
+# The division of a group that nothing helps
+STAYS = (Piece(stays=True),)
+
+
 def find_pieces(
     trial: nn.Module, group: ChannelGroup, goes: Callable[[ChannelGroup], bool]
 ) -> tuple[Piece, ...]:
@@ -110,13 +114,13 @@ def find_pieces(
             return (Piece(tuple(range(len(parts))), met.numbers),)
     if pieces and rest:
         pieces.append(Piece(tuple(rest), stays=True))
-    return tuple(pieces) or (Piece(stays=True),)
+    return tuple(pieces) or STAYS
 
 
-def kind_of(group: ChannelGroup) -> Kind:
+def kind_of(model: nn.Module, group: ChannelGroup) -> Kind:
     """What it has in common with groups of other blocks that are built alike: names but for digits."""
-    members = group.writers, group.readers, group.between
-    return tuple(tuple(_pattern(member.layer) for member in each) for each in members)
+    members = ([member.layer for member in each] for each in (group.writers, group.readers, group.between))
+    return tuple(tuple(map(_pattern, names)) for names in (*members, numbers_around(model, group, 0)))
 
 
 def _pattern(name: str) -> str:
@@ -131,9 +135,9 @@ def divide(trial: nn.Module, group: ChannelGroup, pieces: Sequence[Piece]) -> li
         group: with the reason for those that stay whole.
     """
     parts, divided = parts_of(group), []
+    if pieces in ((), STAYS) or any(n >= len(parts) for piece in pieces for n in piece.parts or ()):
+        return [group]
     for piece in pieces:
-        if (piece.stays and piece.parts is None) or any(n >= len(parts) for n in piece.parts or ()):
-            return [group]
         part = replace(group, whole_because=None)
         if piece.parts is not None:
             chosen = [parts[n] for n in piece.parts]

@@ -13,7 +13,7 @@ from vbdcompress.surgery.attempt import leading_masks, random_masks, try_groups,
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan, trace_groups
 from vbdcompress.surgery.influence import heed_influences
 from vbdcompress.surgery.numbers import with_heads
-from vbdcompress.surgery.partition import Kind, Piece, beside_unread, divide, find_pieces, kind_of
+from vbdcompress.surgery.partition import STAYS, Kind, Piece, beside_unread, divide, find_pieces, kind_of
 from vbdcompress.surgery.plain import without_checkpointing
 from vbdcompress.surgery.ties import UNREAD
 from vbdcompress.surgery.trial import trial_copy
@@ -47,11 +47,11 @@ def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: b
     forget_calls_(trial)  # what its forward keeps of a call, it could not be copied with
     traced = heed_influences(trial, inputs, traced)
     traced = replace(traced, groups=tuple(with_heads(trial, group) for group in traced.groups))
-    search = _Search(trial, inputs, seed)
+    unread = [group for group in traced.groups if group.whole_because == UNREAD]
+    search = _Search(trial, inputs, seed, unread)
     search.look_at_kinds(traced)
-    slots = [search.divide(group) for group in traced.groups]
+    slots = [search.as_known(group) for group in traced.groups]
     scan = _try_scan(trial, inputs, replace(traced, groups=tuple(chain(*slots))), seed)
-    search.unread = [group for group in scan.groups if group.whole_because == UNREAD]
     tried, groups = iter(scan.groups), list[ChannelGroup]()
     for group, slot in zip(traced.groups, slots, strict=True):
         after = list(islice(tried, len(slot)))
@@ -71,21 +71,23 @@ class _Search:
     """For groups that can't be cut as they were found: in which parts, and with what beside them, they can.
 
     Attributes:
-        known: kinds of groups whose first one failed as it was -> how all of it goes.
         unread: groups that nothing is seen to read, but for those found to go with others.
+        known: kinds of groups whose first one failed as it was -> how it goes.
     """
 
     trial: nn.Module
     inputs: Inputs
     seed: int
+    unread: list[ChannelGroup]
     known: dict[Kind, tuple[Piece, ...]] = field(default_factory=dict)
-    unread: list[ChannelGroup] = field(default_factory=list)
+
+    def why_not(self, group: ChannelGroup) -> str | None:
+        """Why it can't be cut exactly, alone; None where it can."""
+        return _try_scan(self.trial, self.inputs, GroupScan((group,)), self.seed).groups[0].whole_because
 
     def goes(self, group: ChannelGroup) -> bool:
         """Whether it can be cut exactly, alone."""
-        if not group.readers or group.size < 2:
-            return False
-        return bool(_try_scan(self.trial, self.inputs, GroupScan((group,)), self.seed).removable)
+        return bool(group.readers) and group.size > 1 and self.why_not(group) is None
 
     def look_at_kinds(self, scan: GroupScan) -> None:
         """Of groups in blocks that are alike, help the first, if any group fails: the others are as it is."""
@@ -94,28 +96,32 @@ class _Search:
             return
         firsts: dict[Kind, ChannelGroup] = {}
         for group in scan.removable:
-            firsts.setdefault(kind_of(group), group)
+            firsts.setdefault(kind_of(self.trial, group), group)
         if len(firsts) == len(scan.removable):
             return  # none is like another
         tried = _try_scan(self.trial, self.inputs, GroupScan(tuple(firsts.values())), self.seed)
         for (kind, first), now in zip(firsts.items(), tried.groups, strict=True):
-            pieces = () if now.whole_because is None else find_pieces(self.trial, first, self.goes)
-            if pieces and not any(piece.stays for piece in pieces):  # others may go where this one can't
-                self.known[kind] = pieces
+            if now.whole_because is not None:
+                self.known[kind] = find_pieces(self.trial, first, self.goes)
 
-    def divide(self, group: ChannelGroup) -> list[ChannelGroup]:
-        """As the first of its kind."""
-        if group.whole_because is not None or kind_of(group) not in self.known:
-            return [group]
-        return divide(self.trial, group, self.known[kind_of(group)])
+    def as_known(self, group: ChannelGroup) -> list[ChannelGroup]:
+        """As the first of its kind: in its pieces where all of them go, or whole where none does."""
+        pieces = self.known.get(kind_of(self.trial, group), ()) if group.whole_because is None else ()
+        if pieces == STAYS and (reason := self.why_not(group)):
+            return self._beside(group) or [group.whole(reason)]
+        return [group] if any(piece.stays for piece in pieces) else divide(self.trial, group, pieces)
 
     def help(self, group: ChannelGroup, reason: str) -> list[ChannelGroup]:
         """A group that failed, as it was or as the first of its kind, as it goes; or whole."""
-        if met := beside_unread(group, self.unread, self.goes):
-            names = {member.layer for member in met.writers}
-            self.unread = [group for group in self.unread if group.name not in names]
-            return [met]
-        return divide(self.trial, group.whole(reason), find_pieces(self.trial, group, self.goes))
+        met = self._beside(group)
+        return met or divide(self.trial, group.whole(reason), find_pieces(self.trial, group, self.goes))
+
+    def _beside(self, group: ChannelGroup) -> list[ChannelGroup]:
+        """The group with a layer that adds to its channels in vain; empty where there is none."""
+        met = beside_unread(group, self.unread, self.goes)
+        names = set() if met is None else {member.layer for member in met.writers}
+        self.unread = [group for group in self.unread if group.name not in names]
+        return [] if met is None else [met]
 
 
 def _try_scan(trial: nn.Module, inputs: Inputs, scan: GroupScan, seed: int) -> GroupScan:
