@@ -6,6 +6,8 @@ A message says where, what was found with its value, what is allowed, and what t
     Run one batch through the model first.
 """
 
+from traceback import extract_tb
+
 # What running somebody's network is known to raise; each becomes a reason.
 TRACE_ERRORS = (
     RuntimeError,
@@ -16,6 +18,14 @@ TRACE_ERRORS = (
     AssertionError,
     ArithmeticError,
 )
+
+
+def words_of(error: BaseException) -> str:
+    """What an error of somebody's code says, with its kind; the line of code itself where it says nothing."""
+    told = str(error)
+    if not told and (steps := extract_tb(error.__traceback__)):
+        told = f"{steps[-1].line} ({steps[-1].name})"  # such as an assert
+    return f"{type(error).__name__}: {told}"
 
 
 class VbdcompressError(Exception):

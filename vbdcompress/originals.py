@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vbdcompress.compare import flatten_output, is_computed, relative_difference
-from vbdcompress.errors import TRACE_ERRORS, ConfigError, ConvertError
+from vbdcompress.errors import TRACE_ERRORS, ConfigError, ConvertError, words_of
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, first, in_eval_mode, noting_calls, shapes_of, tensors_of
 from vbdcompress.opening import open_layers_
@@ -149,7 +149,7 @@ def check_model(model: nn.Module, example: Inputs, of: nn.Module | None = None) 
         if not foreign:
             raise ConvertError(
                 "convert",
-                f"the network fails on a batch of shape {_shapes(example)}: {type(error).__name__}: {error}",
+                f"the network fails on a batch of shape {_shapes(example)}: {words_of(error)}",
                 _advice(model, example, error),
             ) from error
     if foreign:

@@ -20,7 +20,7 @@ from vbdcompress.compare import (
 )
 from vbdcompress.conversion import Converted
 from vbdcompress.count import measure_size
-from vbdcompress.errors import TRACE_ERRORS, ConfigError, SlimError
+from vbdcompress.errors import TRACE_ERRORS, ConfigError, SlimError, words_of
 from vbdcompress.inputs import Inputs, call, holds_data, map_tensors
 from vbdcompress.modes import evaluated
 from vbdcompress.records import CurvePoint, GroupRow, Size
@@ -122,7 +122,7 @@ def _cut(
                 return model, plan.storing(converted.stored)
             # else what looked constant on the probes was not: once more without folding
     except TRACE_ERRORS as error:
-        told = f"the cut network can't run: {type(error).__name__}: {error}"
+        told = f"the cut network can't run: {words_of(error)}"
         raise SlimError("slim", told, defect) from error
     told = f"the cut network differs from the masked one by {difference:.1g} of the largest output."
     raise SlimError("slim", told, defect)

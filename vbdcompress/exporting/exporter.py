@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 from vbdcompress.compare import flatten_output
-from vbdcompress.errors import ExportError
+from vbdcompress.errors import ExportError, words_of
 from vbdcompress.exporting.outputs import names_of_outputs, open_output_sizes_
 from vbdcompress.inputs import (
     Inputs,
@@ -165,7 +165,7 @@ def _cause(error: BaseException) -> str:
     """What the exporter stumbled over, without its own advice to its developers."""
     while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    return words_of(error)
 
 
 class _OfTensors(nn.Module):

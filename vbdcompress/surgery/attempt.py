@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.compare import EXACT, flatten_output, relative_difference
-from vbdcompress.errors import TRACE_ERRORS
+from vbdcompress.errors import TRACE_ERRORS, words_of
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_units
@@ -23,7 +23,12 @@ from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.weights import Index, Reader, input_dim, scale_inputs_
 
 TRIAL_SHARE = 0.3
-_WRITTEN_SIZE = "a size is written in its code; in what torch.export makes of the network it may follow"
+# What torch says of views and splits by a size that is another one now
+_OF_SIZES = ("is invalid for input of size", "unflatten", "split_with_sizes expects")
+_WRITTEN_SIZE = (
+    "a size is written in its code, or taken from what it is given; "
+    "in what torch.export makes of the network it may follow"
+)
 
 
 def random_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]:
@@ -80,8 +85,8 @@ def try_groups(
         with redirect_stderr(StringIO()):  # a graph of torch.fx prints what it raises
             found = flatten_output(call(trial, inputs))
     except TRACE_ERRORS as error:
-        fixed = "is invalid for input of size" in str(error) or "unflatten" in str(error)
-        return f"the network can't run without some of its channels: {type(error).__name__}: {error}" + (
+        fixed = any(words in str(error) for words in _OF_SIZES)
+        return f"the network can't run without some of its channels: {words_of(error)}" + (
             f" ({_WRITTEN_SIZE})" if fixed else ""
         )
     if any(tensor.numel() and not tensor.isfinite().any() for tensor in expected):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdcompress.compare import forget_calls_
-from vbdcompress.errors import TRACE_ERRORS
+from vbdcompress.errors import TRACE_ERRORS, words_of
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, holds_data, map_tensors
 from vbdcompress.recurrent import Recurrent
@@ -161,7 +161,7 @@ def _trace(
             ties.shares(layer, model.get_submodule(layer))
         groups = tuple(_build_groups(model, recording, ties))
     except TRACE_ERRORS as error:
-        return GroupScan((), f"its channels can't be followed: {type(error).__name__}: {error}")
+        return GroupScan((), f"its channels can't be followed: {words_of(error)}")
     return GroupScan(groups + (tuple(_feature_groups(model, recording, groups, ties)) if features else ()))
 
 
@@ -234,11 +234,12 @@ def _build_groups(model: nn.Module, recording: Recording, ties: Ties) -> Iterato
         reason, suspect = (
             next((known[place] for place in numbers if place in known), None) for known in (why, suspects)
         )
+        parameters = tuple(_parameters(model, ties, numbers))
         if reason is None and not readers:
             reason = UNREAD
         elif reason is None and len(numbers) == 1 and len(writers[0].index) > 1:
-            reason = suspect or "what lies behind it mixes its channels, so that none can go alone"
-        parameters = tuple(_parameters(model, ties, numbers))
+            beside = f", with '{parameters[-1].layer}'," if parameters else ""  # that of a norm, say
+            reason = suspect or f"what lies behind it{beside} mixes its channels, so that none can go alone"
         yield ChannelGroup(
             layers[0], len(numbers), writers, readers, between, reason, parameters, suspect=suspect
         )

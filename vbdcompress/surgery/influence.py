@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdcompress.compare import forget_calls_
-from vbdcompress.errors import TRACE_ERRORS
+from vbdcompress.errors import TRACE_ERRORS, words_of
 from vbdcompress.inputs import Inputs, call, noting_calls, tensors_of
 from vbdcompress.surgery.groups import GroupScan
 from vbdcompress.surgery.weights import Mixing, is_mixing, layer_widths
@@ -146,7 +146,7 @@ def why_not_training(model: nn.Module, inputs: Inputs) -> str | None:
         with torch.random.fork_rng(devices=[]):
             call(model, inputs)
     except TRACE_ERRORS as error:
-        return f"{type(error).__name__}: {error}"
+        return words_of(error)
     return None
 
 
