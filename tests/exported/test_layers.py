@@ -231,3 +231,31 @@ def test_a_trial_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) ->
     capfd.readouterr()
     convert(from_exported(program), torch.randn(4, 3))
     assert capfd.readouterr() == ("", "")
+
+
+class TakesItsWidth(nn.Module):
+    """Attention whose heads are as wide as what is given divided by their number, as PVT's and XCiT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.embed, self.qkv = 4, nn.Conv2d(3, 8, 2, stride=2), nn.Linear(8, 24)
+        self.proj, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        n, positions, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, positions, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width)
+        logits: Tensor = self.head(self.proj(y).mean(1))
+        return logits
+
+
+def test_heads_as_wide_as_what_is_given_go_from_a_program() -> None:
+    model, example = TakesItsWidth().eval(), torch.randn(2, 3, 6, 6)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
+    stays, goes = (
+        {group.name: group for group in convert(each, example).scan.groups}["qkv"]
+        for each in (model, from_exported(program))
+    )
+    assert "or taken from what it is given; in what torch.export makes" in (stays.whole_because or "")
+    assert (goes.size, goes.whole_because) == (4, None)
