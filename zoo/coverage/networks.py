@@ -115,7 +115,7 @@ regnet_y_32gf convnext_large vit_l_16 vit_l_32 vit_h_14 regnet_y_128gf
 _TIMM = """
 convnext_atto mobilenetv3_small_050 efficientnet_lite0 resnetv2_50 swin_tiny_patch4_window7_224
 deit_tiny_patch16_224 mixer_s32_224 repvgg_a0 densenet121 regnetx_002 maxvit_rmlp_pico_rw_256
-edgenext_xx_small sequencer2d_s
+edgenext_xx_small sequencer2d_s nfnet_l0 resnetv2_50x1_bit res2net50_26w_4s levit_128s efficientformer_l1
 """.split()
 _TRANSFORMERS: dict[Literal["images", "words", "sound", "spectra"], list[str]] = {
     "words": """
@@ -131,6 +131,7 @@ ConvNextForImageClassification
 }
 _VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"]
 _SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56, "s3d": 224, "sequencer2d_s": 112}
+_SIZES |= {"levit_128s": 224, "efficientformer_l1": 224}
 _SIZES["SwinForImageClassification"] = 224
 _FRAMES = dict.fromkeys(_VIDEO, 4) | {"s3d": 16}
 _OPTIONS: dict[str, dict[str, Any]] = {
