@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vbdcompress.exporting.latency as latency
 from vbdcompress.data import DataSet, TensorBatches, load_data
 from vbdcompress.vbd.layers import VBD_LAYERS, attach_posterior_
 
@@ -29,6 +30,12 @@ def _exporter_lists_its_functions_once() -> None:
     registry = getattr(_registration, "ONNXRegistry", None)
     if hasattr(registry, "from_torchlib"):
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _latencies_are_of_few_calls() -> None:
+    """No test looks at how long they are, and seconds of them in each run are a tenth of all tests."""
+    latency.MAX_CALLS = latency.MIN_CALLS
 
 
 @pytest.fixture(scope="session")
