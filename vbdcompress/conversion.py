@@ -17,8 +17,9 @@ from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.matrices import why_no_matrix
 from vbdcompress.modes import evaluated
-from vbdcompress.originals import check_model, check_noise, copy_of, open_where_alike, unwrap
-from vbdcompress.parametrized import computes_weights, store_weights_
+from vbdcompress.opening import open_layers_
+from vbdcompress.originals import change_where_alike, check_model, check_noise, copy_of, unwrap
+from vbdcompress.parametrized import standardised_layers, store_weights_
 from vbdcompress.records import LayerRow
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.reach import NO_GRADIENT, without_gradient
@@ -33,6 +34,8 @@ from vbdcompress.vbd.sampled import SampledWeight, attach_sampled_, detach_sampl
 
 # Weights start far below their own noise threshold; gates have few data each and start noisier.
 LOG_SIGMA2 = {"weights": -10.0, "channels": -4.0}
+
+_STORED = "its computed weights are stored, and train on as plain ones"
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,13 @@ def convert(
     for module in converted.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients are of no use where every weight has a KL
-    stored = tuple(computed_weights(converted, skip))
+    stored = computed_weights(converted, example, skip)
     store_weights_(converted, stored)
     example = map_tensors(example, lambda tensor: tensor.detach().cpu())
     names = [name for name, _ in converted.named_modules(remove_duplicate=False)]
     # what is not called is read past its call, and has nothing to open
     opens = [name for name in names if name in called and not _is_skipped_in_part(name, skip)]
-    converted = open_where_alike(converted, opens, example)
+    converted, _ = change_where_alike(converted, opens, open_layers_, example)
     called |= {name for name, _ in converted.named_modules()} - set(names)
     scan = find_groups(converted, example, features=prune_inputs)
     blind = without_gradient(converted, example)
@@ -152,6 +155,9 @@ def convert(
     else:
         costs = channel_costs(converted, example, scan.removable, cost)
         rows = tuple(convert_channels_(converted, scan, start, costs))
+    rows = tuple(
+        replace(row, reason=f"{row.reason}; {_STORED}") if row.name in stored else row for row in rows
+    )
     if not any(row.action == "converted" for row in rows):
         reasons = "; ".join(f"{row.name or 'the network'}: {row.reason}" for row in rows)
         raise ConvertError(
@@ -162,12 +168,23 @@ def convert(
     return Converted(converted, mode, rows, scan, example, stored)
 
 
-def computed_weights(model: nn.Module, skip: Sequence[str]) -> Iterator[str]:
-    """Names of modules whose weights the user's parametrizations, or code, compute, not of those to skip."""
-    for name, module in model.named_modules():
-        ours = any(isinstance(inner, SampledWeight) for inner in module.modules())
-        if not ours and not _is_skipped_in_part(name, skip) and computes_weights(module):
-            yield name
+def computed_weights(model: nn.Module, example: Inputs, skip: Sequence[str]) -> tuple[str, ...]:
+    """Names of modules whose weights the user's parametrizations, or code, compute and may be stored.
+
+    Args:
+        example: a batch of inputs: with the weights stored the network must give the same.
+        skip: names of layers to leave.
+    """
+    parametrized = [
+        name
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        and not any(isinstance(inner, SampledWeight) for inner in module.modules())
+    ]
+    own = [name for name in standardised_layers(model) if not _is_skipped_in_part(name, skip)]
+    if own:
+        _, own = change_where_alike(model, own, store_weights_, example)
+    return (*(name for name in parametrized if not _is_skipped_in_part(name, skip)), *own)
 
 
 def _is_skipped_in_part(name: str, skip: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from vbdcompress.compare import flatten_output, is_computed, relative_difference
 from vbdcompress.errors import TRACE_ERRORS, ConfigError, ConvertError, words_of
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, first, in_eval_mode, noting_calls, shapes_of, tensors_of
-from vbdcompress.opening import open_layers_
 from vbdcompress.vbd.posterior import find_posteriors
 
 # Largest difference of what is the same function, relative to the largest output, in float32
@@ -241,14 +240,20 @@ def _shapes(example: Inputs) -> str:
     return ", ".join(map(str, shapes_of(example)))
 
 
-def open_where_alike(model: nn.Module, names: Collection[str], example: Inputs) -> nn.Module:
-    """A copy with layers opened, see `opening`, but for those that its code treats otherwise then.
+def change_where_alike(
+    model: nn.Module,
+    names: Collection[str],
+    change_: Callable[[nn.Module, Collection[str]], None],
+    example: Inputs,
+) -> tuple[nn.Module, list[str]]:
+    """A copy with modules replaced, but for those that its code treats otherwise then; and their names.
 
     It may ask for a module's type, or for weights by their old names.
 
     Args:
         model: left as it was.
-        names: of the modules to open.
+        names: of the modules.
+        change_: replaces those of the names, in place: opens them, or stores their weights.
         example: a batch of inputs, to compare on.
     """
     expected = _outputs(copy.deepcopy(model), example)
@@ -260,17 +265,18 @@ def open_where_alike(model: nn.Module, names: Collection[str], example: Inputs) 
             return False
 
     every = copy.deepcopy(model)
-    open_layers_(every, names)
+    change_(every, names)
     if goes(every):
-        return every
-    found = copy.deepcopy(model)
-    open_layers_(found, ())
+        return every, list(names)
+    found, changed = copy.deepcopy(model), list[str]()
+    change_(found, ())
     for name in names:
         one = copy.deepcopy(found)
-        open_layers_(one, [name])
+        change_(one, [name])
         if type(one.get_submodule(name)) is not type(found.get_submodule(name)) and goes(one):
             found = one
-    return found
+            changed.append(name)
+    return found, changed
 
 
 def check_noise(model: nn.Module, example: Inputs) -> None:

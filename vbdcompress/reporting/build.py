@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vbdcompress.count import layer_sizes, uncounted_ops
 from vbdcompress.inputs import Inputs, example_shape, names_of, tensors_of
 from vbdcompress.opening import Opened, open_layers_
-from vbdcompress.parametrized import computes_weights, store_weights_
+from vbdcompress.parametrized import store_weights_, stored_layers
 from vbdcompress.precision import Rounding
 from vbdcompress.records import (
     CurvePoint,
@@ -238,8 +238,7 @@ def _error_table(errors: ErrorRecord) -> dict[str, Any]:
 def _with_layers_of(slim: nn.Module, original: nn.Module) -> nn.Module:
     """The original with the slim network's layers: what holds others opened, computed weights stored."""
     opened = {name for name, module in slim.named_modules() if isinstance(module, Opened)}
-    computed = [name for name, module in original.named_modules() if computes_weights(module)]
-    stored = [name for name in computed if not computes_weights(slim.get_submodule(name))]
+    stored = list(stored_layers(original, slim))
     if opened or stored:  # its layers have other names
         original = copy.deepcopy(original)
         store_weights_(original, stored)
