@@ -22,8 +22,8 @@ def forget_calls_(model: nn.Module) -> None:
     """Let go of what forward kept, in place.
 
     What it computed of weights once in eval mode, such as tables of attention, would be of other weights
-    later: modules that keep such drop it as they go to training mode. Losses on the way are detached, so that
-    the network can be copied.
+    later: modules that keep such drop it as they go to training mode, where they are taken and back. Losses
+    on the way are detached, so that the network can be copied.
     """
     for module in model.modules():
         held = {name: tree_leaves(value) for name, value in vars(module).items() if name not in _PARTS}
@@ -36,8 +36,8 @@ def forget_calls_(model: nn.Module) -> None:
 
 def _train_and_back(module: nn.Module) -> None:
     modes = [(each, each.training) for each in module.modules()]
-    module.train()
-    module.eval()
+    module.train(not module.training)
+    module.train(not module.training)
     for each, training in modes:
         each.training = training
 

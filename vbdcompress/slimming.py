@@ -94,6 +94,7 @@ def slim(converted: Converted, threshold: float | None = None, *, round_to: int 
     for name, tensor in _tensors(model):
         weight = f"{name.rpartition('.')[0]}.weight".lstrip(".")  # of a bias that is new
         tensor.data = tensor.data.to(dtypes[name] if name in dtypes else dtypes[weight])
+    forget_calls_(model)  # what it kept of a call in float64
     rows = tuple(_group_row(group, plan) for group in converted.scan.groups)
     return Slim(evaluated(model), plan, rows, chosen)
 

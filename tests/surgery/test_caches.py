@@ -8,6 +8,7 @@ from small_networks import EXAMPLE, assert_cut_exactly, assert_groups, built, sw
 from torch import Tensor, nn
 
 from vbdcompress.conversion import convert
+from vbdcompress.slimming import slim
 
 
 class Biased(nn.Module):
@@ -77,3 +78,38 @@ def test_a_plain_copy_forgets_what_was_computed_at_another_threshold() -> None:
     fresh.load_state_dict(masked.state_dict())
     assert torch.equal(masked(EXAMPLE.double()), fresh(EXAMPLE.double()))
     assert not torch.equal(masked(EXAMPLE.double()), before)
+
+
+def test_a_slim_network_keeps_no_table_in_another_precision() -> None:
+    model = built(Biased).float()
+    converted = convert(model, EXAMPLE)
+    switch_off_(converted.model)
+    slimmed = slim(converted, 50.0).model
+    assert slimmed(EXAMPLE).dtype == torch.float32
+    assert slimmed.heads < 4
+
+
+class Table(nn.Module):
+    """Builds its table as it goes to eval mode, and drops it as it goes to training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.table = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6)), None
+        self.weight, self.places = nn.Parameter(torch.randn(5, 6)), torch.arange(5)
+
+    def train(self, mode: bool = True) -> Any:
+        self.table = None if mode else (2 * self.weight).detach()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x.mean((2, 3)))
+        return y @ (2 * self.weight if self.table is None else self.table).t()
+
+
+def test_a_converted_network_in_training_mode_still_trains_after_a_cut() -> None:
+    converted = convert(built(Table), EXAMPLE.double())
+    converted.model.train()
+    slim(converted, 50.0)
+    assert converted.model.training
+    converted.model(EXAMPLE.double()).sum().backward()
+    assert converted.model.weight.grad is not None
