@@ -155,6 +155,26 @@ def test_a_block_that_the_first_of_its_kind_does_not_help_goes_its_own_way(first
     assert_cut_exactly(model, "channels")
 
 
+class Viewed(nn.Module):
+    """Looks at its channels by a number, or by one that is written in its code."""
+
+    def __init__(self, *, written: bool) -> None:
+        super().__init__()
+        self.wide, self.last = conv(3, 8), nn.Linear(8, 5)
+        self.width, self.written = 8, written
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = pool(self.wide(x).relu())
+        z: Tensor = self.last(y.view(-1, 8) if self.written else y.view(-1, self.width))
+        return z[..., None, None]
+
+
+def test_a_first_block_that_nothing_helps_does_not_keep_the_others_whole() -> None:
+    model = built(lambda: Blocks(*(Viewed(written=written) for written in (True, False, False, True, False))))
+    goes = [groups_of_block(model, number)[0][1] for number in range(5)]
+    assert goes == [False, True, True, False, True]
+
+
 def groups_of_block(model: nn.Module, number: int) -> list[tuple[int, bool]]:
     scan, name = find_groups(model, EXAMPLE.double()), f"blocks.{number}.wide"
     return [(g.size, g.whole_because is None) for g in scan.groups if g.name.startswith(name)]

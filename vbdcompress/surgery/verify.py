@@ -1,6 +1,6 @@
 """Groups known to be exact: each is cut on a trial copy, and one that changes the output stays whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
@@ -49,12 +49,13 @@ def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: b
     traced = replace(traced, groups=tuple(with_heads(trial, group) for group in traced.groups))
     unread = [group for group in traced.groups if group.whole_because == UNREAD]
     search = _Search(trial, inputs, seed, unread)
-    search.look_at_kinds(traced)
+    all_go = search.look_at_kinds(traced)
     slots = [search.as_known(group) for group in traced.groups]
-    scan = _try_scan(trial, inputs, replace(traced, groups=tuple(chain(*slots))), seed)
-    tried, groups = iter(scan.groups), list[ChannelGroup]()
+    tried = replace(traced, groups=tuple(chain(*slots)))
+    scan = _try_scan(trial, inputs, tried, seed, _DRAWS[1:] if all_go else _DRAWS)
+    found, groups = iter(scan.groups), list[ChannelGroup]()
     for group, slot in zip(traced.groups, slots, strict=True):
-        after = list(islice(tried, len(slot)))
+        after = list(islice(found, len(slot)))
         failed = (now for before, now in zip(slot, after, strict=True) if before.whole_because is None)
         reason = next((now.whole_because for now in failed if now.whole_because is not None), None)
         groups += after if reason is None else search.help(group, reason)
@@ -89,20 +90,29 @@ class _Search:
         """Whether it can be cut exactly, alone."""
         return bool(group.readers) and group.size > 1 and self.why_not(group) is None
 
-    def look_at_kinds(self, scan: GroupScan) -> None:
-        """Of groups in blocks that are alike, help the first, if any group fails: the others are as it is."""
-        masks = random_masks(scan.removable, self.seed)
+    def look_at_kinds(self, scan: GroupScan) -> bool:
+        """Of groups in blocks that are alike, help the first, if any group fails: the others may be as it is.
+
+        Returns:
+            whether all go, as the first of the draws masks them.
+        """
+        masks = _DRAWS[0](scan.removable, self.seed)
         if not masks or try_groups(self.trial, self.inputs, scan.removable, masks, training=False) is None:
-            return
-        firsts: dict[Kind, ChannelGroup] = {}
+            return True
+        kinds: dict[Kind, list[ChannelGroup]] = {}
         for group in scan.removable:
-            firsts.setdefault(kind_of(self.trial, group), group)
-        if len(firsts) == len(scan.removable):
-            return  # none is like another
-        tried = _try_scan(self.trial, self.inputs, GroupScan(tuple(firsts.values())), self.seed)
-        for (kind, first), now in zip(firsts.items(), tried.groups, strict=True):
+            kinds.setdefault(kind_of(self.trial, group), []).append(group)
+        if len(kinds) == len(scan.removable):
+            return False  # none is like another
+        firsts = tuple(alike[0] for alike in kinds.values())
+        tried = _try_scan(self.trial, self.inputs, GroupScan(firsts), self.seed)
+        for (kind, alike), now in zip(kinds.items(), tried.groups, strict=True):
             if now.whole_because is not None:
-                self.known[kind] = find_pieces(self.trial, first, self.goes)
+                # the first may be another one than the rest, so that nothing helps it alone
+                failed = [alike[0], *(group for group in alike[1:2] if not self.goes(group))]
+                tries = (find_pieces(self.trial, group, self.goes) for group in failed)
+                self.known[kind] = next((pieces for pieces in tries if pieces != STAYS), STAYS)
+        return False
 
     def as_known(self, group: ChannelGroup) -> list[ChannelGroup]:
         """As the first of its kind: in its pieces where all of them go, or whole where none does."""
@@ -124,9 +134,18 @@ class _Search:
         return [] if met is None else [met]
 
 
-def _try_scan(trial: nn.Module, inputs: Inputs, scan: GroupScan, seed: int) -> GroupScan:
-    """The same groups, those whole that can't be cut."""
-    for draw in (random_masks, leading_masks, uneven_masks):
+_DRAWS = (random_masks, leading_masks, uneven_masks)
+
+
+def _try_scan(
+    trial: nn.Module,
+    inputs: Inputs,
+    scan: GroupScan,
+    seed: int,
+    draws: Sequence[Callable[[Sequence[ChannelGroup], int], dict[str, Index]]] = _DRAWS,
+) -> GroupScan:
+    """The same groups, those whole that can't be cut, as any of the draws masks them."""
+    for draw in draws:
         trusted = scan.removable
         masks = draw(trusted, seed)
         last = draw is uneven_masks
