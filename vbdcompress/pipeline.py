@@ -237,6 +237,6 @@ def _original_size(
             raise
         others = ()  # its code may take one shape alone once it is traced
         check = export_onnx(model, path, samples, input_name=input_name)
-    stored = copy_of(model)
-    store_weights_(stored, computed_weights(stored, samples, skip))  # as the slim network's, which are kept
-    return replace(measure_size(stored, first(samples, 2)), bytes=check.bytes), others
+    stored, example = copy_of(model), first(samples, 2)
+    store_weights_(stored, computed_weights(stored, example, skip))  # as the slim network's, which are kept
+    return replace(measure_size(stored, example), bytes=check.bytes), others
