@@ -32,6 +32,7 @@ _WRITTEN_SIZE = (
 
 
 def random_masks(groups: Sequence[ChannelGroup], seed: int) -> dict[str, Index]:
+    """Some channels of each group, drawn."""
     generator = np.random.default_rng(seed)
     return {group.name: np.sort(generator.permutation(group.size)[: _trial_count(group)]) for group in groups}
 
