@@ -119,10 +119,9 @@ ROWS = {
             "channels",
             "-",
             "no worse than torch-pruning's own at the same MACs",
-            "Of three seeds, for want of hours of a CPU, two are there. A beta of 30 was low for twelve "
-            "epochs: VBD's cuts fell at a log alpha of -2.5, where the validation error was 18 and 20 % "
-            "before fine-tuning (8 % at 0). The second seed's runs, and VBD's first, paused or ran slowly "
-            "while tests ran: their minutes are too many.",
+            "A beta of 30 was low for twelve epochs: VBD's cuts fell at a log alpha of -2.5, where the "
+            "validation error was 18 to 20 % before fine-tuning (8 % at 0). Runs of the second and third "
+            "seed, and VBD's first, paused or ran slowly while tests ran: their minutes are too many.",
             seeds=3,
         ),
         Row(
