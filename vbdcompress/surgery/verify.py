@@ -107,11 +107,13 @@ class _Search:
         firsts = tuple(alike[0] for alike in kinds.values())
         tried = _try_scan(self.trial, self.inputs, GroupScan(firsts), self.seed)
         for (kind, alike), now in zip(kinds.items(), tried.groups, strict=True):
-            if now.whole_because is not None:
-                # the first may be another one than the rest, so that nothing helps it alone
-                failed = [alike[0], *(group for group in alike[1:2] if not self.goes(group))]
-                tries = (find_pieces(self.trial, group, self.goes) for group in failed)
-                self.known[kind] = next((pieces for pieces in tries if pieces != STAYS), STAYS)
+            if now.whole_because is None:
+                continue
+            pieces = find_pieces(self.trial, alike[0], self.goes)
+            # the first may be another one than the rest, so that nothing helps it alone
+            if pieces == STAYS and len(alike) > 1 and not self.goes(alike[1]):
+                pieces = find_pieces(self.trial, alike[1], self.goes)
+            self.known[kind] = pieces
         return False
 
     def as_known(self, group: ChannelGroup) -> list[ChannelGroup]:
