@@ -13,7 +13,7 @@ from vbdcompress.compare import as_double, double_copy, forget_calls_, in_double
 from vbdcompress.config import Cost
 from vbdcompress.errors import ConfigError, ConvertError
 from vbdcompress.evaluation import with_gradients
-from vbdcompress.gating import channel_costs, convert_channels_, fold_gate_
+from vbdcompress.gating import channel_costs, convert_channels_, fold_gates_
 from vbdcompress.inputs import Inputs, map_tensors
 from vbdcompress.matrices import why_no_matrix
 from vbdcompress.modes import evaluated
@@ -27,7 +27,6 @@ from vbdcompress.surgery.sizes import other_sizes
 from vbdcompress.surgery.verify import find_groups
 from vbdcompress.surgery.walk import check_skip, matches_skip, shared_parameters
 from vbdcompress.surgery.weights import Reader, reading_weights
-from vbdcompress.vbd.gates import InputGate, detach_gate_
 from vbdcompress.vbd.layers import VBD_LAYERS, WeightPosterior, attach_posterior_, detach_posterior_
 from vbdcompress.vbd.posterior import set_threshold_
 from vbdcompress.vbd.sampled import SampledWeight, attach_sampled_, detach_sampled_
@@ -81,9 +80,9 @@ class Converted:
         model = evaluated(copy.deepcopy(self.model))
         set_threshold_(model, threshold, round_to)
         forget_calls_(model)
+        if self.mode == "channels":
+            fold_gates_(model, self.scan.removable)
         for module in list(model.modules()):
-            if isinstance(getattr(module, "input_gate", None), InputGate):
-                fold_gate_(module, detach_gate_(module))
             if isinstance(module, WeightPosterior):
                 detach_posterior_(module)
             elif parametrize.is_parametrized(module):

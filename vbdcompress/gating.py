@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,9 +13,11 @@ from vbdcompress.count import layer_sizes
 from vbdcompress.evaluation import device_of
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs
+from vbdcompress.layer_norm import ChannelNorm, is_channel_norm
 from vbdcompress.records import LayerRow
 from vbdcompress.recurrent import Recurrent
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
+from vbdcompress.surgery.silence import is_counted, norms_over, silence_
 from vbdcompress.surgery.weights import (
     Reader,
     Table,
@@ -23,7 +26,7 @@ from vbdcompress.surgery.weights import (
     layer_widths,
     scale_inputs_,
 )
-from vbdcompress.vbd.gates import ChannelGate, InputGate, RecurrentGate, attach_gate_
+from vbdcompress.vbd.gates import ChannelGate, InputGate, NormGate, RecurrentGate, attach_gate_, detach_gate_
 
 _SIZE_FIELDS: dict[Cost, tuple[str, ...]] = {
     "params": ("parameters",),
@@ -77,16 +80,22 @@ def convert_channels_(
         for group in scan.removable
     }
     reads: dict[str, list[ChannelGroup]] = {}
+    counted: dict[str, list[ChannelGroup]] = {}
     for group in scan.groups:
         for member in group.readers:
             reads.setdefault(member.layer, []).append(group)
+    for group in scan.removable:
+        for member in norms_over(model, group):
+            counted.setdefault(member.layer, []).append(group)
     for name, module in list(model.named_modules()):
+        if name in counted:
+            attach_gate_(module, _gate_for(name, module, counted[name], gates).to(device))
         count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if not count:
             continue
         removable = [group for group in reads.get(name, []) if group.whole_because is None]
         if removable:
-            attach_gate_(module, _input_gate(name, module, removable, gates).to(device))
+            attach_gate_(module, _gate_for(name, module, removable, gates).to(device))
             told = ", ".join(f"'{group.name}' ({group.size})" for group in removable)
             yield LayerRow(name, type(module).__name__, "converted", f"gates on its inputs: {told}", count)
         else:
@@ -99,19 +108,19 @@ def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupSc
         return scan.failure
     if reads:
         return "; ".join(f"'{group.name}' stays whole: {group.whole_because}" for group in reads)
-    if isinstance(module, _BatchNorm | nn.GroupNorm) or keeps_groups_apart(module):
+    if isinstance(module, _BatchNorm | nn.GroupNorm) or is_channel_norm(module) or keeps_groups_apart(module):
         return "follows its group"
     if isinstance(module, Table):
         return "reads no channels; its columns follow their group"
     if isinstance(module, nn.Linear | _ConvNd | Recurrent):
-        return "reads the input, or channels that something mixed, such as LayerNorm"
+        return "reads the input, or channels that something mixed, such as a softmax"
     return "not a layer with separable input channels"
 
 
-def _input_gate(
+def _gate_for(
     name: str, module: nn.Module, groups: Sequence[ChannelGroup], gates: dict[str, ChannelGate]
 ) -> InputGate:
-    """The gate in front of the layer, built from all the groups that it reads."""
+    """The gate in front of the layer, built from all the groups that it reads, or that a norm is over."""
     width, _ = layer_widths(module)
     ungated = sum(group.size for group in groups)
     factors: list[Tensor] = []
@@ -120,19 +129,33 @@ def _input_gate(
         # Channel groups cover different inputs of a layer; its feature group covers them all again.
         if group.is_features or not factors:
             factors.append(torch.full((width,), ungated, dtype=torch.int64))
-        for member in group.readers:
+        for member in (*group.readers, *group.between):
             if member.layer == name:
                 here = torch.from_numpy(member.index)
                 factors[-1] = torch.where(here >= 0, here + offset, factors[-1])
         offset += group.size
     index = torch.stack(factors) if len(factors) > 1 else factors[0]
     picked = module.input_index if isinstance(module, GatherLinear) else None
-    kind = RecurrentGate if isinstance(module, Recurrent) else InputGate
+    kinds = {Recurrent: RecurrentGate, ChannelNorm: NormGate}
+    kind = next((kind for layers, kind in kinds.items() if isinstance(module, layers)), InputGate)
     return kind([gates[group.name] for group in groups], index, input_dim(module), picked)
 
 
 @torch.no_grad()
-def fold_gate_(layer: nn.Module, gate: InputGate) -> None:
-    """Multiply a layer's weights by the gates of the inputs that they read, in place."""
-    assert isinstance(layer, Reader)
-    scale_inputs_(layer, gate.values(1)[0])
+def fold_gates_(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+    """Take the gates away, in place, and multiply the weights that read each input by what its gates were.
+
+    Args:
+        model: in eval mode.
+        groups: those that have gates.
+    """
+    found = [module for module in model.modules() if isinstance(module, ChannelGate)]
+    cut = {gate.name: np.flatnonzero((gate.values(1)[0] == 0).cpu().numpy()) for gate in found}
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "input_gate", None), InputGate):
+            gate = detach_gate_(module)
+            if isinstance(module, Reader):
+                scale_inputs_(module, gate.values(1)[0])
+    for group in groups:
+        if is_counted(model, group):
+            silence_(model, group, cut[group.name])

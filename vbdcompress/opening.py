@@ -6,14 +6,15 @@ from collections.abc import Collection
 from torch import nn
 
 from vbdcompress.attention import HeadAttention, HeadWindowAttention, open_attention
+from vbdcompress.layer_norm import NarrowLayerNorm, NarrowRMSNorm, open_norm
 from vbdcompress.linear import OpenLinear, open_linear
 from vbdcompress.recurrent import StackedRecurrent, open_recurrent
 
-Opened = HeadAttention | HeadWindowAttention | StackedRecurrent | OpenLinear
+Opened = HeadAttention | HeadWindowAttention | StackedRecurrent | OpenLinear | NarrowLayerNorm | NarrowRMSNorm
 
 
 def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None:
-    """Replace attention, recurrent and linear layers that are known by their opened form, in place.
+    """Replace attention, norms, recurrent and linear layers that are known by their opened form, in place.
 
     Args:
         names: of the modules, "" for the network itself; None takes all. One that is opened already stays.
@@ -41,4 +42,4 @@ def open_layers_(model: nn.Module, names: Collection[str] | None = None) -> None
 
 
 def _open(module: nn.Module, tied: Collection[int]) -> Opened | None:
-    return open_attention(module) or open_recurrent(module) or open_linear(module, tied)
+    return open_attention(module) or open_recurrent(module) or open_linear(module, tied) or open_norm(module)

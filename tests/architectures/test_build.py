@@ -58,7 +58,7 @@ def test_every_channel_of_the_cifar_networks_can_go(name: str) -> None:
     converted = convert(model, torch.randn(2, 3, 32, 32))
     left = [row for row in converted.table if row.action == "left" and row.kind in ("Conv2d", "Linear")]
     assert [row.reason for row in left] == [
-        "reads the input, or channels that something mixed, such as LayerNorm"
+        "reads the input, or channels that something mixed, such as a softmax"
     ]
     whole = [group for group in converted.scan.groups if group.whole_because is not None]
     assert len(whole) == 1  # the logits

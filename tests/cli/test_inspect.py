@@ -62,8 +62,8 @@ def test_inspect_counts_all_channels_of_a_group_that_stays_whole(cli, tmp_path):
     sizes = {group["name"].rpartition(".")[2]: (group["size"], group["whole_because"]) for group in groups}
     assert sizes["q"] == (4, None)  # heads
     assert sizes["linear1"] == (32, None)
-    assert sizes["linear2"][0] == 16  # LayerNorm mixes them
-    assert sizes["linear2"][1].startswith("LayerNorm")
+    assert sizes["out"][0] == 16  # the input is added to them
+    assert sizes["out"][1].startswith("the network can't run without some of its channels")
 
 
 def test_inspect_says_the_macs_of_attention_s_own_layers(cli, tmp_path):

@@ -63,18 +63,18 @@ class SelfConcat(nn.Module):
 
 
 class Normed(nn.Module):
-    """LayerNorm mixes the channels; softmax over channels does too, and no module shows it."""
+    """A norm of all channels at once mixes them; softmax over channels does too, and no module shows it."""
 
     def __init__(self, norm):
         super().__init__()
         self.first = nn.Linear(5, 8)
-        self.norm = nn.LayerNorm(8) if norm else nn.Identity()
+        self.norm = nn.GroupNorm(1, 8) if norm else nn.Identity()
         self.second = nn.Linear(8, 6)
         self.third = nn.Linear(6, 2)
 
     def forward(self, x):
         x = self.norm(self.first(x))
-        x = x if isinstance(self.norm, nn.LayerNorm) else x.softmax(-1)
+        x = x if isinstance(self.norm, nn.GroupNorm) else x.softmax(-1)
         return self.third(F.relu(self.second(x)))
 
 
@@ -129,7 +129,7 @@ def test_find_groups_maps_every_copy_in_a_concat():
     assert groups["conv"].whole_because is None
 
 
-@pytest.mark.parametrize(("norm", "reason"), [(True, "LayerNorm"), (False, "mixes")])
+@pytest.mark.parametrize(("norm", "reason"), [(True, "GroupNorm"), (False, "mixes")])
 def test_find_groups_leaves_mixed_channels_whole(norm, reason):
     groups = groups_of(Normed(norm), 5)
     assert reason in groups["first"].whole_because

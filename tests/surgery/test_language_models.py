@@ -67,26 +67,26 @@ EXPECTED: dict[str, dict[str, int | str]] = {
     "encoder": {
         **{f"layers.{n}.attention.query": HEADS for n in range(2)},
         **{f"layers.{n}.wide": 40 for n in range(2)},
-        "layers.0.output": "LayerNorm mixes",
+        "embeddings.words": 24,
         "pooler": 20,
         "classifier": "output of the network",
     },
     "decoder": {
         **{f"layers.{n}.q_proj": HEADS for n in range(2)},  # pairs of heads, with their keys
         **{f"layers.{n}.gate_proj": 40 for n in range(2)},
-        "embed_tokens": "mixes",
+        "embed_tokens": "'lm_head' shares a parameter",
     },
     "generator": {
         **{f"layers.{n}.attn.c_attn": HEADS for n in range(2)},
         **{f"layers.{n}.c_fc": 40 for n in range(2)},
-        "wte": "LayerNorm mixes",
+        "wte": "'lm_head' shares a parameter",
     },
 }
 EXPECTED |= {f"encoder_{kind}": EXPECTED["encoder"] for kind in ("fused", "shaped", "scaled")}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_find_groups_says_that_heads_and_widths_go_and_the_stream_stays(name: str) -> None:
+def test_find_groups_says_what_goes_and_why_the_rest_stays(name: str) -> None:
     converted = convert(built(name), batch(3, 0))
     groups = {group.name: group for group in converted.scan.groups}
     for layer, told in EXPECTED[name].items():

@@ -124,7 +124,7 @@ def instance_norm_and_prelu() -> nn.Module:
 
 # Network -> what of it can go, by the layers that write it
 CASES: list[tuple[Callable[[], nn.Module], Groups]] = [
-    (encoder, {"a": "LayerNorm mixes", "block.linear1": 16, "block.self_attn.q": 2}),
+    (encoder, {"a": 12, "block.linear1": 16, "block.self_attn.q": 2}),
     (fused_qkv, {"a": 12, "attn.qkv": 3}),
     (dict_of_outputs, {"a": 6, "one": "output of the network", "b": 5}),
     (group_norm, {"a": 4, "b": 5}),

@@ -17,18 +17,18 @@ transformers = pytest.importorskip("transformers")
 WORDS, HEADS, WIDE = 64, 4, 48
 COMMON = {"vocab_size": WORDS, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": WIDE}
-# Class -> its options, and the sizes of what can lose channels, with how many there are of each
+# Class -> its options, and how many groups can lose channels of each size: a stream has 32
 NETWORKS: dict[str, tuple[dict[str, Any], dict[int, int]]] = {
-    "BertForSequenceClassification": (BERT, {HEADS: 2, WIDE: 2, 32: 1}),
-    "AlbertForSequenceClassification": (BERT | {"embedding_size": 16}, {HEADS: 1, WIDE: 1, 32: 1}),
+    "BertForSequenceClassification": (BERT, {HEADS: 2, WIDE: 2, 32: 2}),
+    "AlbertForSequenceClassification": (BERT | {"embedding_size": 16}, {HEADS: 1, WIDE: 1, 32: 2, 16: 1}),
     "GPT2ForSequenceClassification": (
         {"n_embd": 32, "n_layer": 2, "n_head": HEADS, "n_inner": WIDE, "use_cache": False},
-        {HEADS: 2, WIDE: 2},
+        {HEADS: 2, WIDE: 2, 32: 1},
     ),
     # two heads of queries go with each of keys
     "LlamaForSequenceClassification": (
         BERT | {"num_key_value_heads": 2, "use_cache": False},
-        {2: 2, WIDE: 2},
+        {2: 2, WIDE: 2, 32: 1},
     ),
     # the table of words is held by a module that never runs; all layers share one table of distances
     "T5EncoderModel": (

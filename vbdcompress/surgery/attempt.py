@@ -19,6 +19,7 @@ from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_
 from vbdcompress.surgery.groups import NOT_HERE, ChannelGroup
 from vbdcompress.surgery.influence import why_not_training
 from vbdcompress.surgery.liveness import plan_removal_
+from vbdcompress.surgery.silence import is_counted, silence_
 from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.weights import Index, Reader, input_dim, scale_inputs_
 
@@ -78,6 +79,9 @@ def try_groups(
     """
     trial = copy.deepcopy(model)
     gates = _random_gates(trial, groups, masks)
+    for group in groups:
+        if is_counted(trial, group):
+            silence_(trial, group, masks[group.name])
     try:
         expected = _call_gated(trial, inputs, gates)
         for layer, factors in gates.items():

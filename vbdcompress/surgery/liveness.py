@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.surgery.groups import NOT_HERE, ChannelGroup, Member
 from vbdcompress.surgery.plan import plan_removed
+from vbdcompress.surgery.silence import is_counted, silence_, silent_channels
 from vbdcompress.surgery.slice import RemovalPlan
 from vbdcompress.surgery.weights import (
     Index,
@@ -27,7 +28,6 @@ from vbdcompress.surgery.weights import (
     unread_inputs,
     unwritten_outputs,
     zero_inputs_,
-    zero_outputs_,
 )
 
 # Two positions of one constant channel may differ by rounding (average pooling), in float64
@@ -139,31 +139,27 @@ def _remove_unread(state: _Liveness) -> bool:
         zero_at = [(m, unread_inputs(_layer(state.model, m))) for m in group.readers]
         dead = _channels_with_all_zero(group, zero_at)
         gone = state.removed[group.name]
+        if is_counted(state.model, group):
+            dead = np.intersect1d(dead, silent_channels(state.model, group))
         new = [int(channel) for channel in dead if int(channel) not in gone]
         if len(gone) + len(new) == group.size:
             last, new = new[:1], new[1:]  # the last channel stays, but what only it reads may go
             if last and group.name not in state.unread:
                 state.unread.add(group.name)
-                _silence(state.model, group, np.array(last))
+                silence_(state.model, group, np.array(last))
                 changed = True
         if new:
             gone.update(new)
-            _silence(state.model, group, np.array(new))
+            silence_(state.model, group, np.array(new))
             changed = True
     return changed
-
-
-def _silence(model: nn.Module, group: ChannelGroup, channels: Index) -> None:
-    """Set to 0 what writes removed channels: nothing reads them, and their own inputs may die in turn."""
-    for member in group.writers:
-        zero_outputs_(_layer(model, member), member.positions(channels).tolist())
 
 
 def _fold_constants(state: _Liveness) -> bool:
     """Move constant channels into their readers' biases; True where any was moved."""
     silent: dict[str, Index] = {}
     for group in state.groups:
-        if group.is_features or not group.foldable:
+        if group.is_features or not group.foldable or is_counted(state.model, group):
             continue
         zero_at = [(m, unwritten_outputs(_layer(state.model, m))) for m in group.writers]
         found = _channels_with_all_zero(group, zero_at)

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from vbdcompress.inputs import Inputs, call, input_of
+from vbdcompress.layer_norm import ChannelNorm
 from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
 from vbdcompress.surgery.smooth import Smooth
 from vbdcompress.surgery.weights import Table, input_dim, shares
@@ -159,13 +160,13 @@ def _wrap(name: str, module: nn.Module, role: Role, found: Recording) -> Callabl
     table = isinstance(module, Table)
 
     def between(*args: Any, **kwargs: Any) -> Any:
-        _read(found, name, role, input_of(args, kwargs), 1)
-        if not isinstance(module, _ConvNd):
+        _read(found, name, role, input_of(args, kwargs), last)
+        if not isinstance(module, _ConvNd | ChannelNorm):
             return compute(*args, **kwargs)
         with torch.no_grad():
             leaf = (0.5 + torch.rand_like(compute(*args, **kwargs))).requires_grad_()
-        _, read, written = shares(module)
-        found.sources[id(leaf)] = Source("reads", name, leaf, 1, (written, read))
+        _, read, written = shares(module) if isinstance(module, _ConvNd) else (1, 1, 1)
+        found.sources[id(leaf)] = Source("reads", name, leaf, last % leaf.dim(), (written, read))
         return leaf * 1.0
 
     def cut(*args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from vbdcompress.layer_norm import is_channel_norm
 from vbdcompress.recurrent import Recurrent, writes_units
 from vbdcompress.surgery.probe import Role
 from vbdcompress.surgery.weights import is_mixing, keeps_groups_apart
@@ -32,4 +33,9 @@ def _is_per_channel(module: Any) -> bool:
         return module.num_parameters > 1
     if isinstance(module, nn.GroupNorm):  # each of its groups goes whole, the others don't notice
         return module.num_groups > 1
-    return keeps_groups_apart(module) or isinstance(module, _BatchNorm | _InstanceNorm)
+    # what goes from in front of the last is 0 by then, and counted on
+    return (
+        keeps_groups_apart(module)
+        or isinstance(module, _BatchNorm | _InstanceNorm)
+        or is_channel_norm(module)
+    )

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from vbdcompress.compare import forget_calls_
 from vbdcompress.errors import SlimError
 from vbdcompress.gather import GatherLinear
+from vbdcompress.layer_norm import ChannelNorm, narrow_norm_
 from vbdcompress.opening import open_layers_
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.recurrent import Recurrent, narrow_, recurrent_parameters, rows_of_units
@@ -144,7 +145,7 @@ def cut_layer_(layer: nn.Module, cut: LayerCut) -> None:
         layer.embedding_dim = layer.weight.shape[1]
     elif isinstance(layer, _ConvNd):
         _cut_conv_(layer, cut)
-    elif isinstance(layer, _BatchNorm | _InstanceNorm | nn.PReLU):
+    elif isinstance(layer, _BatchNorm | _InstanceNorm | nn.PReLU | ChannelNorm):
         _cut_per_channel_(layer, cut)
     elif isinstance(layer, nn.GroupNorm):
         _cut_group_norm_(layer, cut)
@@ -174,7 +175,9 @@ def _cut_linear_(layer: nn.Linear, cut: LayerCut) -> None:
 def _cut_per_channel_(layer: nn.Module, cut: LayerCut) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         _select_(layer, name, 0, cut.outputs)
-    if cut.outputs is not None:
+    if isinstance(layer, ChannelNorm) and cut.outputs is not None:
+        narrow_norm_(layer, len(cut.outputs))
+    elif cut.outputs is not None:
         field = "num_parameters" if isinstance(layer, nn.PReLU) else "num_features"
         setattr(layer, field, len(cut.outputs))
 

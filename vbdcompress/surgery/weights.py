@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from vbdcompress.layer_norm import ChannelNorm
 from vbdcompress.recurrent import Recurrent, recurrent_parameters, rows_of_units, state_width
 
 # Their columns are channels; what they read, rows by number, are none
@@ -50,6 +51,8 @@ def shares(layer: Mixing) -> tuple[int, int, int]:
 
 def input_dim(layer: nn.Module) -> int:
     """The dimension of its input that a layer's channels lie along."""
+    if isinstance(layer, ChannelNorm):
+        return getattr(layer, "dim", -1)
     return -1 if isinstance(layer, nn.Linear | Table | Recurrent) else 1
 
 
@@ -68,6 +71,8 @@ def layer_widths(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Mixing):
         groups, inputs, outputs = shares(layer)
         return groups * inputs, groups * outputs
+    if isinstance(layer, ChannelNorm):
+        return layer.normalized_shape[-1], layer.normalized_shape[-1]
     for name in ("num_features", "num_parameters", "num_channels"):
         if isinstance(width := getattr(layer, name, None), int):
             return width, width

@@ -139,6 +139,19 @@ class RecurrentGate(InputGate):
             restore_state(module)
 
 
+class NormGate(InputGate):
+    """Keeps from a norm over channels those that are cut: it is to count them as zeros, as it will.
+
+    The others pass as they are, and while training all do: their own gates stand at their readers.
+    """
+
+    def values(self, batch: int) -> Tensor:
+        return (super().values(1) != 0).float()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.training else super().forward(input)
+
+
 def _find_run(row: Tensor, sizes: Sequence[int]) -> tuple[int, int] | None:
     """The gate whose channels a row lists in order, and how often each; None where it is not so regular."""
     offset = 0

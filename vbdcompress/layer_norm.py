@@ -1,0 +1,145 @@
+"""LayerNorm and RMSNorm that lose channels, and still count them as the zeros that they had become.
+
+Modules of a network's own that compute the same, over another dimension too, are known by what they give.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdcompress.compare import in_double
+from vbdcompress.errors import TRACE_ERRORS
+
+# Largest difference of what is the same function in float64, relative to the largest output
+_SAME = 1e-12
+# What is added to a variance, where no attribute of a module says it
+_USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+# Variances as small as that show it
+_SMALL = 1e-3
+
+
+class NarrowLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over `whole` channels along `dim`, of which it is given those that are not 0."""
+
+    whole: int
+    dim: int = -1
+
+    def forward(self, input: Tensor) -> Tensor:
+        zeros = self.whole - input.shape[self.dim]
+        if not zeros:
+            last = input.movedim(self.dim, -1)
+            return super().forward(last).movedim(-1, self.dim)
+        given = _wide(input)
+        mean = given.sum(self.dim, keepdim=True) / self.whole
+        centred = given - mean
+        square = centred.square().sum(self.dim, keepdim=True)
+        # a zero is as far from the mean as that is from 0
+        variance = (square + zeros * mean.square()) / self.whole
+        return _scaled(centred * torch.rsqrt(variance + self.eps), self, self.dim).to(input.dtype)
+
+
+class NarrowRMSNorm(nn.RMSNorm):
+    """nn.RMSNorm over `whole` channels along `dim`, of which it is given those that are not 0."""
+
+    whole: int
+    dim: int = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.whole == x.shape[self.dim]:
+            return super().forward(x.movedim(self.dim, -1)).movedim(-1, self.dim)
+        given = _wide(x)
+        square = given.square().sum(self.dim, keepdim=True) / self.whole
+        eps = torch.finfo(given.dtype).eps if self.eps is None else self.eps
+        return _scaled(given * torch.rsqrt(square + eps), self, self.dim).to(x.dtype)
+
+
+Narrow = NarrowLayerNorm | NarrowRMSNorm
+ChannelNorm = nn.LayerNorm | nn.RMSNorm
+
+
+def _wide(given: Tensor) -> Tensor:
+    """As torch's own take it: sums in float16 would overflow."""
+    return given if given.dtype == torch.float64 else given.float()
+
+
+def _scaled(normalised: Tensor, norm: nn.Module, dim: int) -> Tensor:
+    shape = [1] * normalised.dim()
+    shape[dim] = -1
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if weight is not None:
+        normalised = normalised * weight.view(shape)
+    return normalised if bias is None else normalised + bias.view(shape)
+
+
+def is_channel_norm(module: object) -> bool:
+    """Whether it is torch's own LayerNorm or RMSNorm over one dimension, or one of those here."""
+    kinds = nn.LayerNorm, nn.RMSNorm, NarrowLayerNorm, NarrowRMSNorm
+    return type(module) in kinds and len(module.normalized_shape) == 1  # type: ignore[attr-defined]
+
+
+def narrow_norm_(norm: ChannelNorm, kept: int) -> None:
+    """Let a norm whose weights are cut already count the channels that it has lost, in place."""
+    if not isinstance(norm, Narrow):
+        (whole,) = norm.normalized_shape
+        norm.__class__ = NarrowLayerNorm if isinstance(norm, nn.LayerNorm) else NarrowRMSNorm
+        vars(norm)["whole"] = whole
+    norm.normalized_shape = (kept,)
+
+
+def open_norm(module: nn.Module) -> Narrow | None:
+    """A module with a weight, and perhaps a bias, for each channel, that computes a LayerNorm or RMSNorm
+    over them, in the last dimension or in that behind the batch; None for others, and for torch's own.
+    """
+    held = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    torchs = type(module).__module__.startswith("torch.") or isinstance(module, Narrow)
+    if torchs or module._modules or module._buffers or held.keys() not in ({"weight"}, {"weight", "bias"}):
+        return None
+    if {parameter.shape for parameter in held.values()} != {held["weight"].shape[:1]}:
+        return None
+    if not all(parameter.is_floating_point() for parameter in held.values()):
+        return None
+    for opened in _candidates(module, len(held["weight"]), "bias" in held):
+        if _computes(module, opened):
+            for name, parameter in held.items():
+                opened.register_parameter(name, parameter)
+            return opened.train(module.training)
+    return None
+
+
+def _candidates(module: nn.Module, width: int, with_bias: bool) -> Iterator[Narrow]:
+    own = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
+    for dim in (-1, 1):
+        for eps in dict.fromkeys((*own, *_USUAL_EPS)):
+            norms: list[Narrow] = [NarrowLayerNorm(width, eps, bias=with_bias)]
+            norms += [] if with_bias else [NarrowRMSNorm(width, eps)]
+            for norm in norms:
+                norm.whole, norm.dim = width, dim
+                yield norm
+
+
+@torch.no_grad()
+@torch.random.fork_rng(devices=[])
+def _computes(module: nn.Module, norm: Narrow) -> bool:
+    """Whether a module is that, in training too, whatever its weights are."""
+    trial, expecting = copy.deepcopy(module).cpu().double(), copy.deepcopy(norm).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trial.named_parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+        expecting.get_parameter(name).copy_(parameter)
+    given = _SMALL * torch.randn(3, 4, 5, norm.whole, generator=generator, dtype=torch.float64)
+    given = given.movedim(-1, norm.dim)
+    for training in (False, True):
+        try:
+            with in_double():
+                found: Any = trial.train(training)(given)
+                expected = expecting(given)
+        except TRACE_ERRORS:
+            return False
+        if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+            return False
+        if not bool((found - expected).abs().max() <= _SAME * expected.abs().max()):
+            return False
+    return True

@@ -1,0 +1,84 @@
+"""Channels that are 0: a norm over them and others counts them, so they must be before they go."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from vbdcompress.layer_norm import ChannelNorm
+from vbdcompress.recurrent import Recurrent, recurrent_parameters, rows_of_units
+from vbdcompress.surgery.groups import ChannelGroup, Member
+from vbdcompress.surgery.walk import tensor_of
+from vbdcompress.surgery.weights import Index, Reader, shares, unwritten_outputs, zero_outputs_
+
+
+def norms_over(model: nn.Module, group: ChannelGroup) -> list[Member]:
+    """The LayerNorms and RMSNorms on the way of a group's channels."""
+    return [member for member in group.between if isinstance(model.get_submodule(member.layer), ChannelNorm)]
+
+
+def is_counted(model: nn.Module, group: ChannelGroup) -> bool:
+    """Whether a norm is over its channels."""
+    return bool(norms_over(model, group))
+
+
+@torch.no_grad()
+def silence_(model: nn.Module, group: ChannelGroup, channels: Index) -> None:
+    """Set to 0 what writes some channels, in place; where they are counted, all that is on their way, too."""
+    for member in group.writers:
+        layer = model.get_submodule(member.layer)
+        assert isinstance(layer, Reader)
+        zero_outputs_(layer, member.positions(channels).tolist())
+    if is_counted(model, group):
+        for tensor, dim, index in _on_the_way(model, group):
+            places = torch.from_numpy(np.flatnonzero(np.isin(index, channels)))
+            tensor.index_fill_(dim, places.to(tensor.device), 0.0)
+
+
+@torch.no_grad()
+def silent_channels(model: nn.Module, group: ChannelGroup) -> Index:
+    """Those that nothing writes, and that nothing on the way makes other than 0."""
+    heard = np.zeros(group.size, dtype=bool)
+
+    def hear(index: Index, sounds: Tensor) -> None:
+        found = index[sounds.cpu().numpy()]
+        heard[found[found >= 0]] = True
+
+    for member in group.writers:
+        hear(member.index, _written(model.get_submodule(member.layer)))
+    for tensor, dim, index in _on_the_way(model, group):
+        hear(index, (tensor != 0).movedim(dim, 0).reshape(len(index), -1).any(1))
+    return np.flatnonzero(~heard)
+
+
+def _written(layer: nn.Module) -> Tensor:
+    """[outputs] bool: whether a weight or bias that writes it is not 0."""
+    assert isinstance(layer, Reader)
+    if isinstance(layer, Recurrent):
+        units = [
+            any(bool(getattr(layer, name)[rows_of_units(layer, [unit])].any()) for name in names)
+            for names in [recurrent_parameters(layer)]
+            for unit in range(layer.hidden_size)
+        ]
+        return torch.tensor(units * (2 if getattr(layer, "bidirectional", False) else 1))
+    written = ~unwritten_outputs(layer)
+    bias = getattr(layer, "bias", None)
+    return written if bias is None else written | (bias != 0)
+
+
+def _on_the_way(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Tensor, int, Index]]:
+    """What has something for each channel and would make a 0 another number: tensor, dimension, and the
+    channel at each of its places along that.
+    """
+    for member in group.between:
+        layer, index = model.get_submodule(member.layer), member.index
+        if isinstance(layer, _ConvNd):
+            groups, read, written = shares(layer)
+            index = index[np.arange(groups * written) // written * read]
+        for name, tensor in layer._parameters.items():
+            if tensor is not None and not (isinstance(layer, _ConvNd) and name == "weight"):
+                yield tensor.data, 0, index
+    for parameter in group.parameters:
+        yield tensor_of(model, parameter.layer).data, parameter.dim, parameter.index
