@@ -1,7 +1,7 @@
 """Numbers of channels that networks keep beside their layers follow what is left, where nothing else does."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -144,14 +144,20 @@ def test_a_fresh_network_is_cut_to_the_plan(block: Callable[[], nn.Module]) -> N
     assert torch.equal(fresh(EXAMPLE.double()), slimmed.model(EXAMPLE.double()))
 
 
+KINDS = [Scales, partial(Called, written=False), partial(Called, written=True)]
+
+
+@cache
+def alone(kind: int) -> list[tuple[int, bool]]:
+    """What can go of a block that is the only one."""
+    return groups_by_block(built(lambda: Blocks(KINDS[kind]())), 1)[0]
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_block_that_the_first_of_its_kind_does_not_help_goes_its_own_way(first: int) -> None:
-    blocks = [Scales, partial(Called, written=False), partial(Called, written=True)]
     kinds = [*range(first, 3), *range(first), first]
-    model = built(lambda: Blocks(*(blocks[kind]() for kind in kinds)))
-    for number, kind in enumerate(kinds):
-        alone = built(lambda kind=kind: Blocks(blocks[kind]()))
-        assert groups_of_block(model, number) == groups_of_block(alone, 0)
+    model = built(lambda: Blocks(*(KINDS[kind]() for kind in kinds)))
+    assert groups_by_block(model, len(kinds)) == [alone(kind) for kind in kinds]
     assert_cut_exactly(model, "channels")
 
 
@@ -171,13 +177,17 @@ class Viewed(nn.Module):
 
 def test_a_first_block_that_nothing_helps_does_not_keep_the_others_whole() -> None:
     model = built(lambda: Blocks(*(Viewed(written=written) for written in (True, False, False, True, False))))
-    goes = [groups_of_block(model, number)[0][1] for number in range(5)]
+    goes = [groups[0][1] for groups in groups_by_block(model, 5)]
     assert goes == [False, True, True, False, True]
 
 
-def groups_of_block(model: nn.Module, number: int) -> list[tuple[int, bool]]:
-    scan, name = find_groups(model, EXAMPLE.double()), f"blocks.{number}.wide"
-    return [(g.size, g.whole_because is None) for g in scan.groups if g.name.startswith(name)]
+def groups_by_block(model: nn.Module, count: int) -> list[list[tuple[int, bool]]]:
+    """(size, whether it can go) of the groups of each block's first layer."""
+    groups = find_groups(model, EXAMPLE.double()).groups
+    return [
+        [(g.size, g.whole_because is None) for g in groups if g.name.startswith(f"blocks.{number}.wide")]
+        for number in range(count)
+    ]
 
 
 def test_a_number_that_only_happens_to_be_as_large_stays() -> None:
