@@ -18,13 +18,12 @@ from vbdcompress.records import LayerRow
 from vbdcompress.recurrent import Recurrent
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan
 from vbdcompress.surgery.silence import is_counted, norms_over, silence_
+from vbdcompress.surgery.tied import fold_factors_
 from vbdcompress.surgery.weights import (
-    Reader,
     Table,
     input_dim,
     keeps_groups_apart,
     layer_widths,
-    scale_inputs_,
 )
 from vbdcompress.vbd.gates import ChannelGate, InputGate, NormGate, RecurrentGate, attach_gate_, detach_gate_
 
@@ -151,11 +150,12 @@ def fold_gates_(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     """
     found = [module for module in model.modules() if isinstance(module, ChannelGate)]
     cut = {gate.name: np.flatnonzero((gate.values(1)[0] == 0).cpu().numpy()) for gate in found}
-    for module in list(model.modules()):
+    takers = dict(taker for group in groups for taker in group.takers)
+    for name, module in list(model.named_modules()):
         if isinstance(getattr(module, "input_gate", None), InputGate):
             gate = detach_gate_(module)
-            if isinstance(module, Reader):
-                scale_inputs_(module, gate.values(1)[0])
+            if not isinstance(gate, NormGate):
+                fold_factors_(model, name, gate.values(1)[0], takers)
     for group in groups:
         if is_counted(model, group):
             silence_(model, group, cut[group.name])

@@ -21,7 +21,8 @@ from vbdcompress.surgery.influence import why_not_training
 from vbdcompress.surgery.liveness import plan_removal_
 from vbdcompress.surgery.silence import is_counted, silence_
 from vbdcompress.surgery.slice import apply_plan_
-from vbdcompress.surgery.weights import Index, Reader, input_dim, scale_inputs_
+from vbdcompress.surgery.tied import fold_factors_
+from vbdcompress.surgery.weights import Index, input_dim
 
 TRIAL_SHARE = 0.3
 # What torch says of views and splits by a size that is another one now
@@ -84,8 +85,9 @@ def try_groups(
             silence_(trial, group, masks[group.name])
     try:
         expected = _call_gated(trial, inputs, gates)
+        takers = dict(taker for group in groups for taker in group.takers)
         for layer, factors in gates.items():
-            scale_inputs_(layer, factors)
+            fold_factors_(trial, layer, factors, takers)
         apply_plan_(trial, plan_removal_(trial, groups, inputs))
         with redirect_stderr(StringIO()):  # a graph of torch.fx prints what it raises
             found = flatten_output(call(trial, inputs))
@@ -107,27 +109,26 @@ def try_groups(
 
 def _random_gates(
     model: nn.Module, groups: Sequence[ChannelGroup], masks: dict[str, Index]
-) -> dict[Reader, Tensor]:
+) -> dict[str, Tensor]:
     """Reader -> [inputs] factors: 0 for masked channels, others near 1."""
     generator = torch.Generator().manual_seed(0)
-    gates: dict[Reader, Tensor] = {}
+    gates: dict[str, Tensor] = {}
     for group in groups:
         theta = 0.5 + torch.rand(group.size + 1, generator=generator, dtype=torch.float64)
         theta[masks[group.name]] = 0.0
         theta[NOT_HERE] = 1.0  # the last: of inputs that belong to other groups
         for member in group.readers:
-            layer = model.get_submodule(member.layer)
-            assert isinstance(layer, Reader)
-            gates[layer] = gates.get(layer, 1.0) * theta[torch.from_numpy(member.index)]
+            factors = theta[torch.from_numpy(member.index)]
+            gates[member.layer] = gates.get(member.layer, 1.0) * factors
     return gates
 
 
-def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[Reader, Tensor]) -> list[Tensor]:
+def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[str, Tensor]) -> list[Tensor]:
     """The outputs with every reader's input multiplied, not its weight: that may be used elsewhere, too."""
+    layers = {model.get_submodule(name): factors for name, factors in gates.items()}
 
     def gate(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        assert isinstance(layer, Reader)
-        given, factors = input_of(args, kwargs), gates[layer]
+        given, factors = input_of(args, kwargs), layers[layer]
         if isinstance(layer, GatherLinear):
             factors = factors.new_ones(given.shape[-1]).index_copy(0, layer.input_index, factors)
         if isinstance(layer, Recurrent) and writes_units(layer):
@@ -137,12 +138,12 @@ def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[Reader, Tensor]
         shape[input_dim(layer)] = len(factors)
         return (given * factors.view(shape), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
 
-    hooks = [layer.register_forward_pre_hook(gate, with_kwargs=True) for layer in gates]
+    hooks = [layer.register_forward_pre_hook(gate, with_kwargs=True) for layer in layers]
     try:
         return flatten_output(call(model, inputs))
     finally:
         for hook in hooks:
             hook.remove()
-        for layer in gates:
+        for layer in layers:
             if isinstance(layer, Recurrent) and writes_units(layer):
                 restore_state(layer)

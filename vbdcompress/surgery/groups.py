@@ -70,6 +70,7 @@ class ChannelGroup:
         numbers: dotted names of what modules around its layers keep as the number of its channels; see
             `numbers`.
         foldable: whether nothing but the writers decides what the readers are given; see `influence`.
+        takers: (reader, norm) where gates of the reader's inputs go into the norm's weights; see `tied`.
         suspect: what keeps it whole where its trial fails; None: what the trial says.
     """
 
@@ -82,6 +83,7 @@ class ChannelGroup:
     parameters: tuple[Parameter, ...] = ()
     numbers: tuple[str, ...] = ()
     foldable: bool = True
+    takers: tuple[tuple[str, str], ...] = ()
     suspect: str | None = None
 
     @property

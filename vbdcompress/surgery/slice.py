@@ -18,6 +18,7 @@ from vbdcompress.layer_norm import ChannelNorm, narrow_norm_
 from vbdcompress.opening import open_layers_
 from vbdcompress.parametrized import store_weights_
 from vbdcompress.recurrent import Recurrent, narrow_, recurrent_parameters, rows_of_units
+from vbdcompress.surgery.walk import shared_parameters, tie_again_
 from vbdcompress.surgery.weights import Table, keeps_groups_apart, shares
 
 # Fields of a cut that list positions
@@ -115,6 +116,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
     """
     store_weights_(model, [name for name, cut in plan.cuts.items() if cut.stored])
     open_layers_(model, {name for name, cut in plan.cuts.items() if cut.opened})
+    tied = list(shared_parameters(model).values())
     for name, cut in plan.cuts.items():
         try:
             layer = model.get_submodule(name)
@@ -124,6 +126,7 @@ def apply_plan_(model: nn.Module, plan: RemovalPlan) -> None:
             cut_layer_(layer, cut)
         except (IndexError, RuntimeError, TypeError, AttributeError) as error:
             raise SlimError("removal plan", f"does not fit layer '{name}' ({layer}): {error}") from error
+    tie_again_(model, tied)
     forget_calls_(model)
 
 

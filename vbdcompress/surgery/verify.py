@@ -15,6 +15,7 @@ from vbdcompress.surgery.influence import heed_influences
 from vbdcompress.surgery.numbers import with_heads
 from vbdcompress.surgery.partition import STAYS, Kind, Piece, beside_unread, divide, find_pieces, kind_of
 from vbdcompress.surgery.plain import without_checkpointing
+from vbdcompress.surgery.tied import find_taker
 from vbdcompress.surgery.ties import UNREAD
 from vbdcompress.surgery.trial import trial_copy
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
@@ -164,15 +165,17 @@ def _leave_entangled(model: nn.Module, scan: GroupScan) -> GroupScan:
     """Leave whole what touches a weight that is computed, or that stands elsewhere under another name."""
     tied = shared_parameters(model)
     groups = []
-    for group in scan.groups:
-        reason = None
+    for traced in scan.groups:
+        found = {key: find_taker(model, traced, names) for key, names in tied.items()}
+        takers = {key: taker for key, taker in found.items() if taker is not None}
+        group, reason = replace(traced, takers=tuple(takers.values())), None
         for member in (*group.writers, *group.readers, *group.between):
             layer = model.get_submodule(member.layer)
             own = layer._parameters
             if parametrize.is_parametrized(layer) or ("weight" not in own and hasattr(layer, "weight")):
                 reason = f"the weight of '{member.layer}' is computed from others, not stored"
             for parameter in own.values():
-                if id(parameter) in tied:
+                if id(parameter) in tied.keys() - takers.keys():
                     reason = f"'{member.layer}' shares a parameter: {', '.join(tied[id(parameter)])}"
         for held in group.parameters:
             if id(tensor_of(model, held.layer)) in tied:

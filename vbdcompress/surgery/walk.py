@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from vbdcompress.errors import ConvertError
@@ -40,3 +41,18 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
         for parameter_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
     return {key: found for key, found in names.items() if len(found) > 1}
+
+
+@torch.no_grad()
+def tie_again_(model: nn.Module, tied: Sequence[Sequence[str]]) -> None:
+    """Let parameters that were one be one again, where they were cut alike, in place.
+
+    Args:
+        tied: the names of each.
+    """
+    for first, *others in tied:
+        kept = tensor_of(model, first)
+        for name in others:
+            if torch.equal(tensor_of(model, name), kept):
+                owner, _, own = name.rpartition(".")
+                setattr(model.get_submodule(owner), own, kept)
