@@ -27,6 +27,7 @@ from vbdcompress.surgery.weights import Index, input_dim
 TRIAL_SHARE = 0.3
 # What torch says of views and splits by a size that is another one now
 _OF_SIZES = ("is invalid for input of size", "unflatten", "split_with_sizes expects")
+CANT_TRAIN = "without some of its channels the network can't train"
 _WRITTEN_SIZE = (
     "a size is written in its code, or taken from what it is given; "
     "in what torch.export makes of the network it may follow"
@@ -103,7 +104,7 @@ def try_groups(
         return f"cutting its channels changes the output (by {difference:.1g} of its largest value)"
     told = why_not_training(trial, inputs) if training else None
     if told is not None and why_not_training(copy.deepcopy(model), inputs) is None:
-        return f"without some of its channels the network can't train: {told}"
+        return f"{CANT_TRAIN}: {told}"
     return None
 
 

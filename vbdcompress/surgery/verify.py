@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from vbdcompress.compare import as_double, forget_calls_, in_double
 from vbdcompress.inputs import Inputs, map_tensors
-from vbdcompress.surgery.attempt import leading_masks, random_masks, try_groups, uneven_masks
+from vbdcompress.surgery.attempt import CANT_TRAIN, leading_masks, random_masks, try_groups, uneven_masks
 from vbdcompress.surgery.groups import ChannelGroup, GroupScan, trace_groups
 from vbdcompress.surgery.influence import heed_influences
 from vbdcompress.surgery.numbers import with_heads
@@ -110,10 +110,10 @@ class _Search:
         for (kind, alike), now in zip(kinds.items(), tried.groups, strict=True):
             if now.whole_because is None:
                 continue
-            pieces = find_pieces(self.trial, alike[0], self.goes)
+            pieces = self._pieces(alike[0], now.whole_because)
             # the first may be another one than the rest, so that nothing helps it alone
             if pieces == STAYS and len(alike) > 1 and not self.goes(alike[1]):
-                pieces = find_pieces(self.trial, alike[1], self.goes)
+                pieces = self._pieces(alike[1], now.whole_because)
             self.known[kind] = pieces
         return False
 
@@ -127,7 +127,11 @@ class _Search:
     def help(self, group: ChannelGroup, reason: str) -> list[ChannelGroup]:
         """A group that failed, as it was or as the first of its kind, as it goes; or whole."""
         met = self._beside(group)
-        return met or divide(self.trial, group.whole(reason), find_pieces(self.trial, group, self.goes))
+        return met or divide(self.trial, group.whole(reason), self._pieces(group, reason))
+
+    def _pieces(self, group: ChannelGroup, reason: str) -> tuple[Piece, ...]:
+        """How a group that failed can go; where only training fails, it was cut right, and stays."""
+        return STAYS if reason.startswith(CANT_TRAIN) else find_pieces(self.trial, group, self.goes)
 
     def _beside(self, group: ChannelGroup) -> list[ChannelGroup]:
         """The group with a layer that adds to its channels in vain; empty where there is none."""
