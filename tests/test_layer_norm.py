@@ -100,6 +100,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
         lambda own, x: F.dropout(F.rms_norm(x, own.weight.shape, own.weight, 1e-6), 0.5, own.training)
     ),
     "of one kind of input": lambda: Own(lambda own, x: F.rms_norm(x, (99,))),
+    "clamped": lambda: Own(lambda own, x: F.rms_norm(x.clamp(-9, 9), own.weight.shape, own.weight, 1e-6)),
     "with a layer inside": lambda: nn.Sequential(nn.LayerNorm(WIDTH)),
 }
 
@@ -110,3 +111,11 @@ def test_what_is_another_function_is_not_opened(name: str) -> None:
     before = copy.deepcopy(module.state_dict())
     assert open_norm(module) is None
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_an_opened_norm_of_images_gives_its_input_s_layout() -> None:
+    opened = open_norm(Own(by_hand, bias=True))
+    assert opened is not None
+    x = torch.randn(2, WIDTH, 3, 4)
+    assert opened(x).is_contiguous()
+    assert opened(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)

@@ -135,8 +135,9 @@ def _gate_for(
         offset += group.size
     index = torch.stack(factors) if len(factors) > 1 else factors[0]
     picked = module.input_index if isinstance(module, GatherLinear) else None
-    kinds = {Recurrent: RecurrentGate, ChannelNorm: NormGate}
-    kind = next((kind for layers, kind in kinds.items() if isinstance(module, layers)), InputGate)
+    kind = RecurrentGate if isinstance(module, Recurrent) else InputGate
+    if isinstance(module, ChannelNorm):
+        kind = NormGate
     return kind([gates[group.name] for group in groups], index, input_dim(module), picked)
 
 

@@ -38,11 +38,22 @@ def names_of(inputs: Inputs, name: str) -> list[str]:
     return [name] if count == 1 else [f"{name}_{number}" for number in range(count)]
 
 
+# What torch's layers call it
+_GIVEN = ("input", "x")
+
+
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """What one of torch's layers is called with: its first argument, by place or by name."""
-    given = args[0] if args else kwargs["input"]
+    given = args[0] if args else next(kwargs[name] for name in _GIVEN if name in kwargs)
     assert isinstance(given, Tensor)
     return given
+
+
+def with_input(
+    args: Sequence[Any], kwargs: Mapping[str, Any], given: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with another first one."""
+    return (given, *args[1:]), {name: value for name, value in kwargs.items() if name not in _GIVEN}
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Modules of a network's own that compute the same, over another dimension too, ar
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from vbdcompress.errors import TRACE_ERRORS
 _SAME = 1e-12
 # What is added to a variance, where no attribute of a module says it
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
-# Variances as small as that show it
-_SMALL = 1e-3
+# Of inputs: variances of small ones show what is added, large ones are let through
+_SCALES = (1e-3, 1e3)
 
 
 class NarrowLayerNorm(nn.LayerNorm):
@@ -29,16 +28,15 @@ class NarrowLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         zeros = self.whole - input.shape[self.dim]
-        if not zeros:
-            last = input.movedim(self.dim, -1)
-            return super().forward(last).movedim(-1, self.dim)
+        if not zeros and self.dim == -1:
+            return super().forward(input)
         given = _wide(input)
         mean = given.sum(self.dim, keepdim=True) / self.whole
         centred = given - mean
         square = centred.square().sum(self.dim, keepdim=True)
         # a zero is as far from the mean as that is from 0
         variance = (square + zeros * mean.square()) / self.whole
-        return _scaled(centred * torch.rsqrt(variance + self.eps), self, self.dim).to(input.dtype)
+        return _finish(input, centred * torch.rsqrt(variance + self.eps), self, self.dim)
 
 
 class NarrowRMSNorm(nn.RMSNorm):
@@ -48,12 +46,12 @@ class NarrowRMSNorm(nn.RMSNorm):
     dim: int = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.whole == x.shape[self.dim]:
-            return super().forward(x.movedim(self.dim, -1)).movedim(-1, self.dim)
+        if self.whole == x.shape[self.dim] and self.dim == -1:
+            return super().forward(x)
         given = _wide(x)
         square = given.square().sum(self.dim, keepdim=True) / self.whole
         eps = torch.finfo(given.dtype).eps if self.eps is None else self.eps
-        return _scaled(given * torch.rsqrt(square + eps), self, self.dim).to(x.dtype)
+        return _finish(x, given * torch.rsqrt(square + eps), self, self.dim)
 
 
 Narrow = NarrowLayerNorm | NarrowRMSNorm
@@ -65,13 +63,17 @@ def _wide(given: Tensor) -> Tensor:
     return given if given.dtype == torch.float64 else given.float()
 
 
-def _scaled(normalised: Tensor, norm: nn.Module, dim: int) -> Tensor:
+def _finish(given: Tensor, normalised: Tensor, norm: nn.Module, dim: int) -> Tensor:
+    """With weight and bias, in the type that torch's own norms give: float32 under autocast on CUDA."""
     shape = [1] * normalised.dim()
     shape[dim] = -1
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     if weight is not None:
         normalised = normalised * weight.view(shape)
-    return normalised if bias is None else normalised + bias.view(shape)
+    if bias is not None:
+        normalised = normalised + bias.view(shape)
+    stays_wide = given.is_cuda and torch.is_autocast_enabled("cuda")
+    return normalised if stays_wide else normalised.to(given.dtype)
 
 
 def is_channel_norm(module: object) -> bool:
@@ -129,17 +131,20 @@ def _computes(module: nn.Module, norm: Narrow) -> bool:
     for name, parameter in trial.named_parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
         expecting.get_parameter(name).copy_(parameter)
-    given = _SMALL * torch.randn(3, 4, 5, norm.whole, generator=generator, dtype=torch.float64)
-    given = given.movedim(-1, norm.dim)
-    for training in (False, True):
-        try:
-            with in_double():
-                found: Any = trial.train(training)(given)
-                expected = expecting(given)
-        except TRACE_ERRORS:
-            return False
-        if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
-            return False
-        if not bool((found - expected).abs().max() <= _SAME * expected.abs().max()):
-            return False
-    return True
+    plain = torch.randn(3, 4, 5, norm.whole, generator=generator, dtype=torch.float64).movedim(-1, norm.dim)
+    return all(
+        _same(trial.train(training), expecting, scale * plain)
+        for scale in _SCALES
+        for training in (False, True)
+    )
+
+
+def _same(module: nn.Module, norm: nn.Module, given: Tensor) -> bool:
+    try:
+        with in_double():
+            found, expected = module(given), norm(given)
+    except TRACE_ERRORS:
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    return bool((found - expected).abs().max() <= _SAME * expected.abs().max())

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from vbdcompress.compare import EXACT, flatten_output, relative_difference
 from vbdcompress.errors import TRACE_ERRORS, words_of
 from vbdcompress.gather import GatherLinear
-from vbdcompress.inputs import Inputs, call, input_of
+from vbdcompress.inputs import Inputs, call, input_of, with_input
 from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_units
 from vbdcompress.surgery.groups import NOT_HERE, ChannelGroup
 from vbdcompress.surgery.influence import why_not_training
 from vbdcompress.surgery.liveness import plan_removal_
-from vbdcompress.surgery.silence import is_counted, silence_
+from vbdcompress.surgery.silence import is_counted, norms_over, silence_
 from vbdcompress.surgery.slice import apply_plan_
 from vbdcompress.surgery.tied import fold_factors_
 from vbdcompress.surgery.weights import Index, input_dim
@@ -81,11 +81,11 @@ def try_groups(
     """
     trial = copy.deepcopy(model)
     gates = _random_gates(trial, groups, masks)
-    for group in groups:
-        if is_counted(trial, group):
-            silence_(trial, group, masks[group.name])
     try:
-        expected = _call_gated(trial, inputs, gates)
+        expected = _call_gated(trial, inputs, gates | _norm_masks(trial, groups, masks))
+        for group in groups:
+            if is_counted(trial, group):
+                silence_(trial, group, masks[group.name])
         takers = dict(taker for group in groups for taker in group.takers)
         for layer, factors in gates.items():
             fold_factors_(trial, layer, factors, takers)
@@ -124,8 +124,20 @@ def _random_gates(
     return gates
 
 
+def _norm_masks(
+    model: nn.Module, groups: Sequence[ChannelGroup], masks: dict[str, Index]
+) -> dict[str, Tensor]:
+    """Norm -> [channels] factors: 0 for masked ones, which it counts as zeros."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        for member in norms_over(model, group):
+            kept = torch.from_numpy(~np.isin(member.index, masks[group.name])).double()
+            found[member.layer] = found.get(member.layer, 1.0) * kept
+    return found
+
+
 def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[str, Tensor]) -> list[Tensor]:
-    """The outputs with every reader's input multiplied, not its weight: that may be used elsewhere, too."""
+    """The outputs with every layer's input multiplied, not its weight: that may be used elsewhere, too."""
     layers = {model.get_submodule(name): factors for name, factors in gates.items()}
 
     def gate(layer: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -137,7 +149,7 @@ def _call_gated(model: nn.Module, inputs: Inputs, gates: Mapping[str, Tensor]) -
         factors = factors[: given.shape[input_dim(layer)]]
         shape = [1] * given.dim()
         shape[input_dim(layer)] = len(factors)
-        return (given * factors.view(shape), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+        return with_input(args, kwargs, given * factors.view(shape))
 
     hooks = [layer.register_forward_pre_hook(gate, with_kwargs=True) for layer in layers]
     try:

@@ -17,7 +17,8 @@ from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, holds_data, map_tensors
 from vbdcompress.recurrent import Recurrent
 from vbdcompress.surgery.match import Place
-from vbdcompress.surgery.probe import Recording, record
+from vbdcompress.surgery.probe import record
+from vbdcompress.surgery.reading import Recording
 from vbdcompress.surgery.roles import role_of
 from vbdcompress.surgery.ties import UNREAD, Ties
 from vbdcompress.surgery.walk import tensor_of

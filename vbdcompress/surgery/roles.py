@@ -8,7 +8,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from vbdcompress.layer_norm import is_channel_norm
 from vbdcompress.recurrent import Recurrent, writes_units
-from vbdcompress.surgery.probe import Role
+from vbdcompress.surgery.reading import Role
 from vbdcompress.surgery.weights import is_mixing, keeps_groups_apart
 
 

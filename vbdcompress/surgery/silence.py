@@ -57,11 +57,9 @@ def _written(layer: nn.Module) -> Tensor:
     """[outputs] bool: whether a weight or bias that writes it is not 0."""
     assert isinstance(layer, Reader)
     if isinstance(layer, Recurrent):
-        units = [
-            any(bool(getattr(layer, name)[rows_of_units(layer, [unit])].any()) for name in names)
-            for names in [recurrent_parameters(layer)]
-            for unit in range(layer.hidden_size)
-        ]
+        parameters = [getattr(layer, name) for name in recurrent_parameters(layer)]
+        rows = [rows_of_units(layer, [unit]) for unit in range(layer.hidden_size)]
+        units = [any(bool(each[own].any()) for each in parameters) for own in rows]
         return torch.tensor(units * (2 if getattr(layer, "bidirectional", False) else 1))
     written = ~unwritten_outputs(layer)
     bias = getattr(layer, "bias", None)
@@ -69,8 +67,8 @@ def _written(layer: nn.Module) -> Tensor:
 
 
 def _on_the_way(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Tensor, int, Index]]:
-    """What has something for each channel and would make a 0 another number: tensor, dimension, and the
-    channel at each of its places along that.
+    """What has a number for each channel and might make a 0 another one: tensor, dimension, and the channel
+    at each of its places along that.
     """
     for member in group.between:
         layer, index = model.get_submodule(member.layer), member.index

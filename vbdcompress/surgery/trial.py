@@ -1,5 +1,6 @@
 """The copy of a network on which groups are traced and cuts are tried: float64, with other weights."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from vbdcompress.compare import as_real, double_copy, flatten_output, forget_cal
 from vbdcompress.errors import TRACE_ERRORS
 from vbdcompress.inputs import Inputs, call
 
-# Standard deviation of noise on vectors about 1, and of factors on a network's own weights
+# Standard deviation of noise on vectors about 1, which scales are, and of factors on a network's own weights
 SPREAD = 0.3
 
 
@@ -42,8 +43,11 @@ def _count_lost(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _random_copy(model: nn.Module, seed: int) -> nn.Module:
-    def change(parameter: Tensor, noise: Tensor) -> Tensor:
-        return noise / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1 + SPREAD * noise
+    def change(name: str, parameter: Tensor, noise: Tensor) -> Tensor:
+        if parameter.dim() > 1:
+            return noise / math.sqrt(parameter[0].numel())
+        # of both signs, where code may look at signs
+        return noise if name.rpartition(".")[2] == "bias" else 1 + SPREAD * noise
 
     trial, generator = _changed_copy(model, seed, change)
     for name, buffer in trial.named_buffers():
@@ -55,7 +59,7 @@ def _random_copy(model: nn.Module, seed: int) -> nn.Module:
 def _near_copy(model: nn.Module, seed: int) -> nn.Module:
     """Each weight times a factor near 1; a zero becomes as large as the others are."""
 
-    def change(parameter: Tensor, noise: Tensor) -> Tensor:
+    def change(_: str, parameter: Tensor, noise: Tensor) -> Tensor:
         usual = parameter.square().mean().sqrt() or 1.0
         return torch.where(parameter == 0, SPREAD * usual * noise.abs(), parameter * (1 + SPREAD * noise))
 
@@ -63,14 +67,14 @@ def _near_copy(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _changed_copy(
-    model: nn.Module, seed: int, change: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, seed: int, change: Callable[[str, Tensor, Tensor], Tensor]
 ) -> tuple[nn.Module, torch.Generator]:
-    """A copy, each parameter made anew from itself and noise of its shape; and what draws the noise."""
+    """A copy, each parameter made anew from its name, itself and noise; and what draws the noise."""
     trial = double_copy(model)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in trial.parameters():
+    for name, parameter in trial.named_parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.data = change(parameter.detach(), noise)
+            parameter.data = change(name, parameter.detach(), noise)
     return trial, generator

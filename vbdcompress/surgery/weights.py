@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from vbdcompress.layer_norm import ChannelNorm
+from vbdcompress.layer_norm import ChannelNorm, Narrow
 from vbdcompress.recurrent import Recurrent, recurrent_parameters, rows_of_units, state_width
 
 # Their columns are channels; what they read, rows by number, are none
@@ -51,9 +51,9 @@ def shares(layer: Mixing) -> tuple[int, int, int]:
 
 def input_dim(layer: nn.Module) -> int:
     """The dimension of its input that a layer's channels lie along."""
-    if isinstance(layer, ChannelNorm):
-        return getattr(layer, "dim", -1)
-    return -1 if isinstance(layer, nn.Linear | Table | Recurrent) else 1
+    if isinstance(layer, Narrow):
+        return layer.dim
+    return -1 if isinstance(layer, nn.Linear | Table | Recurrent | ChannelNorm) else 1
 
 
 def reading_weights(layer: Reader) -> list[str]:

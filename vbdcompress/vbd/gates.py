@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.inputs import input_of
+from vbdcompress.inputs import input_of, with_input
 from vbdcompress.recurrent import Recurrent, restore_state, scale_state, writes_units
 from vbdcompress.vbd.posterior import KEEP_ALL, HasPosterior
 
@@ -109,7 +109,7 @@ class InputGate(nn.Module):
 
     def gate_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the reader. A bound method: a deep copy of the network gets its own."""
-        return (self(input_of(args, kwargs)), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+        return with_input(args, kwargs, self(input_of(args, kwargs)))
 
 
 class RecurrentGate(InputGate):
@@ -146,7 +146,7 @@ class NormGate(InputGate):
     """
 
     def values(self, batch: int) -> Tensor:
-        return (super().values(1) != 0).float()
+        return (super().values(batch) != 0).float()
 
     def forward(self, input: Tensor) -> Tensor:
         return input if self.training else super().forward(input)
