@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vbdcompress.conversion import convert
 from vbdcompress.layer_norm import NarrowLayerNorm, NarrowRMSNorm, narrow_norm_, open_norm
 
 WIDTH, KEPT = 7, [0, 2, 3, 6]
@@ -119,3 +120,23 @@ def test_an_opened_norm_of_images_gives_its_input_s_layout() -> None:
     x = torch.randn(2, WIDTH, 3, 4)
     assert opened(x).is_contiguous()
     assert opened(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+class Watched(nn.Module):
+    """Training asks the norm for what only its own class has."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, WIDTH), norm, nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        if self.training:
+            x = x + self.norm.of(self.norm, x)
+        return self.head(x)
+
+
+def test_a_norm_whose_class_training_needs_is_not_opened() -> None:
+    converted = convert(Watched(Own(root, eps=1e-6)).eval(), torch.randn(2, 4), "weights")
+    assert type(converted.model.get_submodule("norm")) is Own
+    converted.model.train()(torch.randn(2, 4))

@@ -16,6 +16,7 @@ from vbdcompress.compare import flatten_output, is_computed, relative_difference
 from vbdcompress.errors import TRACE_ERRORS, ConfigError, ConvertError, words_of
 from vbdcompress.evaluation import device_of, to_device
 from vbdcompress.inputs import Inputs, call, first, in_eval_mode, noting_calls, shapes_of, tensors_of
+from vbdcompress.surgery.influence import why_not_training
 from vbdcompress.vbd.posterior import find_posteriors
 
 # Largest difference of what is the same function, relative to the largest output, in float32
@@ -248,7 +249,7 @@ def change_where_alike(
 ) -> tuple[nn.Module, list[str]]:
     """A copy with modules replaced, but for those that its code treats otherwise then; and their names.
 
-    It may ask for a module's type, or for weights by their old names.
+    It may ask for a module's type, or for weights by their old names; in training mode too.
 
     Args:
         model: left as it was.
@@ -256,13 +257,15 @@ def change_where_alike(
         change_: replaces those of the names, in place: opens them, or stores their weights.
         example: a batch of inputs, to compare on.
     """
-    expected = _outputs(copy.deepcopy(model), example)
+    expected, given = _outputs(copy.deepcopy(model), example), to_device(example, device_of(model))
+    trains = why_not_training(copy.deepcopy(model), given) is None
 
     def goes(trial: nn.Module) -> bool:
         try:
-            return relative_difference(expected, _outputs(copy.deepcopy(trial), example)) <= ALIKE
+            alike = relative_difference(expected, _outputs(copy.deepcopy(trial), example)) <= ALIKE
         except TRACE_ERRORS:
             return False
+        return alike and (not trains or why_not_training(copy.deepcopy(trial), given) is None)
 
     every = copy.deepcopy(model)
     change_(every, names)
