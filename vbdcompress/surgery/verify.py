@@ -126,6 +126,8 @@ class _Search:
 
     def help(self, group: ChannelGroup, reason: str) -> list[ChannelGroup]:
         """A group that failed, as it was or as the first of its kind, as it goes; or whole."""
+        if self.goes(group):
+            return [group]  # beside another one that stays whole by now
         met = self._beside(group)
         return met or divide(self.trial, group.whole(reason), self._pieces(group, reason))
 
