@@ -1,7 +1,7 @@
 """Two networks compared: copies to be tried, and whether what one gives is exactly what the other does."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vbdcompress.errors import TRACE_ERRORS
+
 # Largest |masked - sliced| over the largest |masked|, in float64
 EXACT = 1e-10
+# Largest difference of what is the same function in float64, relative to the largest output
+_SAME = 1e-12
 # What a module keeps its weights and parts in
 _PARTS = ("_parameters", "_modules")
 
@@ -136,6 +140,17 @@ def flatten_output(output: Any) -> list[Tensor]:
 def as_real(tensor: Tensor) -> Tensor:
     """[..., 2] of complex numbers, others as they are."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def gives_the_same(module: nn.Module, like: Callable[[Tensor], Tensor], given: Tensor) -> bool:
+    """Whether a module gives what a function does, to rounding in float64; not where it fails."""
+    try:
+        found, expected = module(given), like(given)
+    except TRACE_ERRORS:
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    return bool((found - expected).abs().max() <= _SAME * expected.abs().max())
 
 
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:

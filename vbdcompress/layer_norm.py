@@ -9,11 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.compare import in_double
-from vbdcompress.errors import TRACE_ERRORS
+from vbdcompress.compare import gives_the_same, in_double
 
-# Largest difference of what is the same function in float64, relative to the largest output
-_SAME = 1e-12
 # What is added to a variance, where no attribute of a module says it
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 # Of inputs: variances of small ones show what is added, large ones are let through
@@ -132,19 +129,9 @@ def _computes(module: nn.Module, norm: Narrow) -> bool:
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
         expecting.get_parameter(name).copy_(parameter)
     plain = torch.randn(3, 4, 5, norm.whole, generator=generator, dtype=torch.float64).movedim(-1, norm.dim)
-    return all(
-        _same(trial.train(training), expecting, scale * plain)
-        for scale in _SCALES
-        for training in (False, True)
-    )
-
-
-def _same(module: nn.Module, norm: nn.Module, given: Tensor) -> bool:
-    try:
-        with in_double():
-            found, expected = module(given), norm(given)
-    except TRACE_ERRORS:
-        return False
-    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    return bool((found - expected).abs().max() <= _SAME * expected.abs().max())
+    with in_double():
+        return all(
+            gives_the_same(trial.train(training), expecting, scale * plain)
+            for scale in _SCALES
+            for training in (False, True)
+        )

@@ -34,6 +34,12 @@ def conv(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
 
 
+def stream_layers(width: int) -> dict[str, nn.Module]:
+    """What writes a stream and reads it: of inputs of 4, with a branch of 12, to 3 outputs."""
+    words, wide, narrow = nn.Linear(4, width), nn.Linear(width, 12), nn.Linear(12, width)
+    return {"words": words, "wide": wide, "narrow": narrow, "head": nn.Linear(width, 3)}
+
+
 def pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 

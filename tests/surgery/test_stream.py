@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import Pattern, built, conv, pool
+from small_networks import Pattern, built, conv, pool, stream_layers
 from torch import Tensor, nn
 
 from vbdcompress.compare import EXACT, relative_difference
@@ -49,10 +49,9 @@ def in_front() -> nn.Module:
         return n.head(n.last(x)[:, 0])
 
     q, k, v, out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+    layers = {"q": q, "k": k, "v": v, "out": out, **stream_layers(WIDTH)}
     norms = {"one": nn.LayerNorm(WIDTH), "two": nn.RMSNorm(WIDTH), "last": nn.LayerNorm(WIDTH, bias=False)}
-    wide, narrow, head = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH), nn.Linear(WIDTH, 3)
-    words = nn.Linear(4, WIDTH)
-    model = Pattern(run, words=words, q=q, k=k, v=v, out=out, wide=wide, narrow=narrow, head=head, **norms)
+    model = Pattern(run, **layers, **norms)
     model.first = nn.Parameter(torch.randn(1, 1, WIDTH))
     model.register_buffer("places", torch.randn(1, 6, WIDTH))
     return model
@@ -66,16 +65,8 @@ def behind() -> nn.Module:
         x = n.two(x + n.narrow(F.gelu(n.wide(x))))
         return n.head(n.bare(x).mean(1))
 
-    return Pattern(
-        run,
-        words=nn.Linear(4, WIDTH),
-        one=nn.LayerNorm(WIDTH),
-        wide=nn.Linear(WIDTH, 12),
-        narrow=nn.Linear(12, WIDTH),
-        two=nn.LayerNorm(WIDTH),
-        bare=nn.LayerNorm(WIDTH, elementwise_affine=False),
-        head=nn.Linear(WIDTH, 3),
-    )
+    bare = nn.LayerNorm(WIDTH, elementwise_affine=False)
+    return Pattern(run, one=nn.LayerNorm(WIDTH), two=nn.LayerNorm(WIDTH), bare=bare, **stream_layers(WIDTH))
 
 
 def of_images() -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import Pattern, built
+from small_networks import Pattern, built, stream_layers
 from torch import Tensor, nn
 
 from vbdcompress.compare import EXACT, relative_difference
@@ -40,15 +40,7 @@ def kept_whole(of: Callable[[Any, Tensor], Tensor]) -> bool:
         return n.head(n.last(of(n, x + n.narrow(F.gelu(n.wide(n.one(x)))))).mean(1))
 
     def build() -> nn.Module:
-        return Pattern(
-            run,
-            words=nn.Linear(4, WIDTH),
-            one=nn.LayerNorm(WIDTH),
-            wide=nn.Linear(WIDTH, 12),
-            narrow=nn.Linear(12, WIDTH),
-            last=nn.RMSNorm(WIDTH),
-            head=nn.Linear(WIDTH, 3),
-        )
+        return Pattern(run, one=nn.LayerNorm(WIDTH), last=nn.RMSNorm(WIDTH), **stream_layers(WIDTH))
 
     converted = convert(built(build), batch(6))
     for posterior in find_posteriors(converted.model):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vbdcompress.surgery.groups import ChannelGroup, Member
 from vbdcompress.surgery.silence import norms_over
-from vbdcompress.surgery.weights import Reader, Table, scale_inputs_, zero_inputs_
+from vbdcompress.surgery.weights import Index, Reader, Table, scale_inputs_, zero_inputs_
 
 
 def find_taker(model: nn.Module, group: ChannelGroup, names: Collection[str]) -> tuple[str, str] | None:
@@ -38,7 +38,7 @@ def find_taker(model: nn.Module, group: ChannelGroup, names: Collection[str]) ->
     return (readers[0], norms[-1].layer) if norms else None
 
 
-def _multiplies(model: nn.Module, norm: Member, index: np.ndarray) -> bool:
+def _multiplies(model: nn.Module, norm: Member, index: Index) -> bool:
     weight = model.get_submodule(norm.layer)._parameters.get("weight")
     return weight is not None and np.array_equal(norm.index, index)
 
