@@ -1,6 +1,7 @@
 """What several tests share: seeds, real data where it lies, tiny networks."""
 
 import functools
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,14 @@ def _exporter_lists_its_functions_once() -> None:
     registry = getattr(_registration, "ONNXRegistry", None)
     if hasattr(registry, "from_torchlib"):
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _garbage_is_looked_for_less_often() -> None:
+    """A traced network is made of many small objects, beside the millions of torch and onnx."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

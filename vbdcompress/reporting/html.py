@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -49,6 +50,27 @@ def render_html(report: Mapping[str, Any]) -> str:
     Raises:
         jinja2.UndefinedError, KeyError: a field of the schema is missing.
     """
+    return (
+        _templates()
+        .get_template("report.html")
+        .render(
+            report=report,
+            source=report["source"] and hide_folder(report["source"]),
+            stages=_prepare_stages(report),
+            layers=_prepare_layers(report["layers"]),
+            training=_prepare_training(report),
+            latency_svg=Markup(draw_latency(report["latency"], "latency")),
+            inputs=list_inputs(report),
+            snippet=write_snippet(report) if report["export"] else "",
+            section_rows=SECTION_ROWS,
+            smallest_packed=SMALLEST,
+        )
+    )
+
+
+@cache
+def _templates() -> Environment:
+    """Compiled once in a process."""
     environment = Environment(
         loader=PackageLoader("vbdcompress.reporting", "."),
         autoescape=True,
@@ -58,19 +80,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     )
     environment.filters.update(FILTERS, setting=format_setting, shape=format_shape)
     environment.globals.update(points=formatting.format_points, divide=formatting.divide_sizes)
-    template = environment.get_template("report.html")
-    return template.render(
-        report=report,
-        source=report["source"] and hide_folder(report["source"]),
-        stages=_prepare_stages(report),
-        layers=_prepare_layers(report["layers"]),
-        training=_prepare_training(report),
-        latency_svg=Markup(draw_latency(report["latency"], "latency")),
-        inputs=list_inputs(report),
-        snippet=write_snippet(report) if report["export"] else "",
-        section_rows=SECTION_ROWS,
-        smallest_packed=SMALLEST,
-    )
+    return environment
 
 
 def hide_folder(path: str) -> str:
