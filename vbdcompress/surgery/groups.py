@@ -16,7 +16,7 @@ from vbdcompress.errors import TRACE_ERRORS, words_of
 from vbdcompress.gather import GatherLinear
 from vbdcompress.inputs import Inputs, holds_data, map_tensors
 from vbdcompress.recurrent import Recurrent
-from vbdcompress.surgery.match import Place
+from vbdcompress.surgery.flows import Place
 from vbdcompress.surgery.probe import record
 from vbdcompress.surgery.reading import Recording
 from vbdcompress.surgery.roles import role_of

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.layer_norm import ChannelNorm
-from vbdcompress.surgery.match import Source
+from vbdcompress.surgery.flows import Source
 from vbdcompress.surgery.reading import Recording, Role, is_of_parts, reading_of
 from vbdcompress.surgery.smooth import Smooth
 from vbdcompress.surgery.weights import Table, input_dim, shares
@@ -111,10 +111,9 @@ def _wrap(name: str, module: nn.Module, role: Role, found: Recording) -> Callabl
     table = isinstance(module, Table)
 
     def between(*args: Any, **kwargs: Any) -> Any:
-        given = input_of(args, kwargs)
-        if isinstance(module, ChannelNorm) and is_of_parts(found, name, given, last):
+        norm = isinstance(module, ChannelNorm)
+        if not _read(found, name, role, input_of(args, kwargs), last, whole=norm):
             return compute(*args, **kwargs)
-        _read(found, name, role, given, last)
         if not isinstance(module, _ConvNd | ChannelNorm):
             return compute(*args, **kwargs)
         with torch.no_grad():
@@ -162,25 +161,42 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _read(found: Recording, layer: str, role: Role, tensor: Tensor, dim: int, *, follow: bool = True) -> None:
-    """Note where a layer's input comes from; `follow`: what follows is followed from there.
+def _read(
+    found: Recording,
+    layer: str,
+    role: Role,
+    tensor: Tensor,
+    dim: int,
+    *,
+    follow: bool = True,
+    whole: bool = False,
+) -> bool:
+    """Note where a layer's input comes from.
 
-    So each stretch between two layers is looked at once, and the cost grows with the network's length.
+    Args:
+        follow: what follows is followed from there. So each stretch between two layers is looked at once, and
+            the cost grows with the network's length.
+        whole: only of a layer over all channels, not over parts of them.
+    Returns:
+        whether it was noted.
     """
     with torch._C.DisableTorchFunction():  # the network is smoothed, not what is worked out here
         if tensor.dim():
-            _read_plainly(found, layer, role, tensor, dim % tensor.dim(), follow=follow)
-        else:  # a loss, or a temperature, beside the outputs
-            _read_plainly(found, layer, "opaque", tensor[None], 0, follow=False)
+            return _read_plainly(found, layer, role, tensor, dim % tensor.dim(), follow=follow, whole=whole)
+        # a loss, or a temperature, beside the outputs
+        return _read_plainly(found, layer, "opaque", tensor[None], 0, follow=False, whole=False)
 
 
 def _read_plainly(
-    found: Recording, layer: str, role: Role, tensor: Tensor, dim: int, *, follow: bool
-) -> None:
+    found: Recording, layer: str, role: Role, tensor: Tensor, dim: int, *, follow: bool, whole: bool
+) -> bool:
     reading, reached = reading_of(found, layer, role, tensor, dim)
+    if whole and is_of_parts(found, reading, tensor, dim):
+        return False
     found.readings.append(reading)
     if follow and reached and layer and not tensor.is_leaf and not tensor._is_view():
         tensor.detach_().requires_grad_()
         found.sources[id(tensor)] = Source("reads", layer, tensor, None if role == "opaque" else dim)
         if role == "opaque" and reading.places:
             reading.positions.append(([0], reading.places))
+    return True

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vbdcompress.surgery.match import Flow, Place, Source, match, match_parameter, reaching_channels
+from vbdcompress.surgery.flows import Flow, Place, Source, reaching_channels
+from vbdcompress.surgery.match import match, match_parameter
 
 Role = Literal["mixing", "reading", "between", "opaque"]
 # What torch says of operations without a derivative, or without a second one
@@ -82,21 +83,26 @@ def reading_of(found: Recording, layer: str, role: Role, tensor: Tensor, dim: in
     return reading, bool(sources or bare)
 
 
-def is_of_parts(found: Recording, layer: str, tensor: Tensor, dim: int) -> bool:
+def is_of_parts(found: Recording, reading: Reading, tensor: Tensor, dim: int) -> bool:
     """Whether a norm is over some of a layer's channels here and over others there, as of each head.
 
     Then it is none of a stream, and its own code says what meets. What comes from several channels in each
     place, as behind a gated unit, meets there.
+
+    Args:
+        reading: of the norm.
+        tensor: that it was given.
+        dim: of its channels.
     """
 
-    def joins(part: Tensor) -> bool:
-        with torch._C.DisableTorchFunction():
-            reading, _ = reading_of(found, layer, "between", part, part.dim() - 1)
+    def joins(reading: Reading) -> bool:
         together = (Counter(place[:2] for place in places) for _, places in reading.positions)
         return any(count > 1 for counts in together for count in counts.values())
 
-    rows = tensor.movedim(dim, -1)
-    return rows.dim() > 2 and joins(rows) and not joins(rows.flatten(0, -2)[:1])
+    if tensor.dim() < 3 or not joins(reading):
+        return False
+    row = tensor.movedim(dim, -1).flatten(0, -2)[:1]
+    return not joins(reading_of(found, reading.layer, "between", row, 1)[0])
 
 
 def _trace_positions(

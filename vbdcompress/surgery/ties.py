@@ -7,7 +7,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from vbdcompress.gather import GatherLinear
 from vbdcompress.recurrent import Recurrent, writes_units
-from vbdcompress.surgery.match import Place
+from vbdcompress.surgery.flows import Place
 from vbdcompress.surgery.reading import Reading
 from vbdcompress.surgery.weights import keeps_groups_apart, shares
 
