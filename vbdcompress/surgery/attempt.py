@@ -111,11 +111,12 @@ def try_groups(
 def _random_gates(
     model: nn.Module, groups: Sequence[ChannelGroup], masks: dict[str, Index]
 ) -> dict[str, Tensor]:
-    """Reader -> [inputs] factors: 0 for masked channels, others near 1."""
+    """Reader -> [inputs] factors: 0 for masked channels, others near 1 or -1, for a fit may end at either."""
     generator = torch.Generator().manual_seed(0)
     gates: dict[str, Tensor] = {}
     for group in groups:
-        theta = 0.5 + torch.rand(group.size + 1, generator=generator, dtype=torch.float64)
+        theta, sign = torch.rand(2, group.size + 1, generator=generator, dtype=torch.float64)
+        theta = (0.5 + theta).copysign(sign - 0.5)
         theta[masks[group.name]] = 0.0
         theta[NOT_HERE] = 1.0  # the last: of inputs that belong to other groups
         for member in group.readers:

@@ -101,8 +101,10 @@ def is_of_parts(found: Recording, reading: Reading, tensor: Tensor, dim: int) ->
 
     if tensor.dim() < 3 or not joins(reading):
         return False
-    row = tensor.movedim(dim, -1).flatten(0, -2)[:1]
-    return not joins(reading_of(found, reading.layer, "between", row, 1)[0])
+    rows = tensor.movedim(dim, -1).flatten(0, -2)
+    # the first and the last token may come from no layer
+    some = (rows[place : place + 1] for place in sorted({0, min(1, len(rows) - 1), len(rows) - 1}))
+    return not any(joins(reading_of(found, reading.layer, "between", row, 1)[0]) for row in some)
 
 
 def _trace_positions(

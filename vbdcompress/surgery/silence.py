@@ -1,17 +1,24 @@
 """Channels that are 0: a norm over them and others counts them, so they must be before they go."""
 
+import copy
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from vbdcompress.errors import TRACE_ERRORS
+from vbdcompress.inputs import Inputs, call, input_of
 from vbdcompress.layer_norm import ChannelNorm
 from vbdcompress.recurrent import Recurrent, recurrent_parameters, rows_of_units
 from vbdcompress.surgery.groups import ChannelGroup, Member
 from vbdcompress.surgery.walk import tensor_of
-from vbdcompress.surgery.weights import Index, Reader, shares, unwritten_outputs, zero_outputs_
+from vbdcompress.surgery.weights import Index, Reader, input_dim, shares, unwritten_outputs, zero_outputs_
+
+HEARD = "a norm counts its channels, and other than 0 arrives there from one that nothing writes"
 
 
 def norms_over(model: nn.Module, group: ChannelGroup) -> list[Member]:
@@ -35,6 +42,33 @@ def silence_(model: nn.Module, group: ChannelGroup, channels: Index) -> None:
         for tensor, dim, index in _on_the_way(model, group):
             places = torch.from_numpy(np.flatnonzero(np.isin(index, channels)))
             tensor.index_fill_(dim, places.to(tensor.device), 0.0)
+
+
+def heed_norms(model: nn.Module, inputs: Inputs, group: ChannelGroup) -> ChannelGroup:
+    """The group; whole where its channels can't be silenced: one may have to stay, and would be counted.
+
+    Args:
+        model: to try it on, a copy of it.
+        inputs: a batch.
+    """
+    if group.whole_because is not None or not is_counted(model, group):
+        return group
+    trial, heard = copy.deepcopy(model), list[bool]()
+    silence_(trial, group, np.arange(group.size))
+
+    def listen(layer: nn.Module, args: Any, kwargs: Any, index: Index) -> None:
+        places = torch.from_numpy(np.flatnonzero(index >= 0))
+        heard.append(bool(input_of(args, kwargs).index_select(input_dim(layer), places).any()))
+
+    for member in norms_over(trial, group):
+        hook = partial(listen, index=member.index)
+        trial.get_submodule(member.layer).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call(trial, inputs)
+    except TRACE_ERRORS:
+        return group.whole(HEARD)
+    return group.whole(HEARD) if any(heard) else group
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ Gates of what that layer reads can't go into a weight that others hold, too. In 
 a norm gives, and they go into what that multiplies each channel by.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vbdcompress.surgery.groups import ChannelGroup, Member
+from vbdcompress.surgery.groups import ChannelGroup
 from vbdcompress.surgery.silence import norms_over
 from vbdcompress.surgery.weights import Index, Reader, Table, scale_inputs_, zero_inputs_
 
@@ -34,13 +35,28 @@ def find_taker(model: nn.Module, group: ChannelGroup, names: Collection[str]) ->
     index = members[readers[0]].index
     if not all(np.array_equal(members[name].index, index) for name in tables):
         return None
-    norms = [member for member in norms_over(model, group) if _multiplies(model, member, index)]
-    return (readers[0], norms[-1].layer) if norms else None
+    norms = _candidates(model, group, index)
+    return (readers[0], norms[-1]) if norms else None
 
 
-def _multiplies(model: nn.Module, norm: Member, index: Index) -> bool:
-    weight = model.get_submodule(norm.layer)._parameters.get("weight")
-    return weight is not None and np.array_equal(norm.index, index)
+def with_other_takers(model: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:
+    """The group with another norm than the last that runs, for code may go on from the reader, or before."""
+    indices = {member.layer: member.index for member in group.readers}
+    for place, (reader, norm) in enumerate(group.takers):
+        for other in _candidates(model, group, indices[reader]):
+            if other != norm:
+                takers = (*group.takers[:place], (reader, other), *group.takers[place + 1 :])
+                yield replace(group, takers=takers)
+
+
+def _candidates(model: nn.Module, group: ChannelGroup, index: Index) -> list[str]:
+    """Norms that multiply each channel that a reader is given, in the order in which they run."""
+    return [
+        member.layer
+        for member in norms_over(model, group)
+        if model.get_submodule(member.layer)._parameters.get("weight") is not None
+        and np.array_equal(member.index, index)
+    ]
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from vbdcompress.surgery.influence import heed_influences
 from vbdcompress.surgery.numbers import with_heads
 from vbdcompress.surgery.partition import STAYS, Kind, Piece, beside_unread, divide, find_pieces, kind_of
 from vbdcompress.surgery.plain import without_checkpointing
-from vbdcompress.surgery.tied import find_taker
+from vbdcompress.surgery.silence import heed_norms
+from vbdcompress.surgery.tied import find_taker, with_other_takers
 from vbdcompress.surgery.ties import UNREAD
 from vbdcompress.surgery.trial import trial_copy
 from vbdcompress.surgery.walk import shared_parameters, tensor_of
@@ -47,7 +48,8 @@ def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: b
     traced = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
     forget_calls_(trial)  # what its forward keeps of a call, it could not be copied with
     traced = heed_influences(trial, inputs, traced)
-    traced = replace(traced, groups=tuple(with_heads(trial, group) for group in traced.groups))
+    numbered = (with_heads(trial, group) for group in traced.groups)
+    traced = replace(traced, groups=tuple(heed_norms(trial, inputs, group) for group in numbered))
     unread = [group for group in traced.groups if group.whole_because == UNREAD]
     search = _Search(trial, inputs, seed, unread)
     all_go = search.look_at_kinds(traced)
@@ -121,22 +123,27 @@ class _Search:
         """As the first of its kind: in its pieces where all of them go, or whole where none does."""
         pieces = self.known.get(kind_of(self.trial, group), ()) if group.whole_because is None else ()
         if pieces == STAYS and (reason := self.why_not(group)):
-            return self._beside(group) or [group.whole(reason)]
+            return self._otherwise(group) or [group.whole(reason)]
         return [group] if any(piece.stays for piece in pieces) else divide(self.trial, group, pieces)
 
     def help(self, group: ChannelGroup, reason: str) -> list[ChannelGroup]:
         """A group that failed, as it was or as the first of its kind, as it goes; or whole."""
         if self.goes(group):
             return [group]  # beside another one that stays whole by now
-        met = self._beside(group)
+        met = self._otherwise(group)
         return met or divide(self.trial, group.whole(reason), self._pieces(group, reason))
 
     def _pieces(self, group: ChannelGroup, reason: str) -> tuple[Piece, ...]:
         """How a group that failed can go; where only training fails, it was cut right, and stays."""
         return STAYS if reason.startswith(CANT_TRAIN) else find_pieces(self.trial, group, self.goes)
 
-    def _beside(self, group: ChannelGroup) -> list[ChannelGroup]:
-        """The group with a layer that adds to its channels in vain; empty where there is none."""
+    def _otherwise(self, group: ChannelGroup) -> list[ChannelGroup]:
+        """The group with gates that go into another norm, or with a layer that adds to its channels in vain;
+        empty where there is none.
+        """
+        taken = next(filter(self.goes, with_other_takers(self.trial, group)), None)
+        if taken is not None:
+            return [taken]
         met = beside_unread(group, self.unread, self.goes)
         names = set() if met is None else {member.layer for member in met.writers}
         self.unread = [group for group in self.unread if group.name not in names]
