@@ -64,6 +64,12 @@ def by_hand(own: Any, x: Tensor) -> Tensor:
     return own.weight[:, None, None] * scaled + own.bias[:, None, None]
 
 
+def of_series(own: Any, x: Tensor) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    return own.weight[:, None] * scaled + own.bias[:, None]
+
+
 NORMS: dict[str, tuple[Callable[[], nn.Module], type, int, float]] = {
     "of a language model": (lambda: Own(root, eps=3e-4), NarrowRMSNorm, -1, 3e-4),
     "without a bias": (
@@ -88,6 +94,14 @@ def test_what_normalises_channels_is_opened(name: str) -> None:
     assert (opened.dim, opened.eps, opened.training, opened.weight.requires_grad) == (dim, eps, False, False)
     assert opened.weight is own.weight
     torch.testing.assert_close(opened(IMAGES), own(IMAGES).double(), atol=0, rtol=1e-5)
+
+
+def test_what_normalises_channels_of_series_alone_is_opened() -> None:
+    own = Own(of_series, bias=True).double().eval()
+    opened, x = open_norm(own), torch.randn(2, WIDTH, 5, dtype=torch.float64)
+    assert isinstance(opened, NarrowLayerNorm)
+    assert (opened.dim, opened.eps) == (1, 1e-6)
+    torch.testing.assert_close(opened(x), own(x), atol=0, rtol=1e-12)
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {

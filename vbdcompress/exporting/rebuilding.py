@@ -54,7 +54,7 @@ class Part:
     def constant(self, array: Array) -> str:
         """Its name."""
         name = f"{self.prefix}{_letters(len(self.constants))}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.constants.append(numpy_helper.from_array(np.array(array, order="C"), name))
         return name
 
     def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
@@ -62,6 +62,12 @@ class Part:
         name = f"{self.prefix}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
         return name
+
+    def zeros(self, shape: Sequence[int]) -> str:
+        """Of a shape. By Expand: some runtimes find no value where ConstantOfShape leaves out its 0."""
+        return self.add(
+            "Expand", self.constant(np.zeros(1, np.float32)), self.constant(np.array(shape, dtype=np.int64))
+        )
 
     def split(self, value: str, sizes: Sequence[int]) -> list[str]:
         """A row cut into pieces of these sizes; their names."""
@@ -144,7 +150,7 @@ def rebuild_sparse(part: Part, codes: Codes) -> str | None:
     if codes.table is not None and codes.table.ndim == 2:
         return None
     if not codes.codes.any():
-        return part.add("ConstantOfShape", part.constant(np.array(codes.codes.shape, dtype=np.int64)))
+        return part.zeros(codes.codes.shape)
     return _shape_and_scale(part, codes, _scatter(part, codes.codes.ravel(), codes))
 
 
@@ -169,9 +175,10 @@ def _scatter(part: Part, flat: Array, codes: Codes) -> str:
         (_gaps(flat, positions, kind) for kind in (np.uint8, np.uint16)),
         key=lambda item: item[0].nbytes + width * len(item[1]),
     )
-    places = part.add("Cast", part.constant(gaps), to=onnx.TensorProto.INT64)
-    places = part.add("CumSum", places, part.constant(np.array(0, dtype=np.int64)))
-    zeros = part.add("ConstantOfShape", part.constant(np.array([flat.size], dtype=np.int64)))
+    # int32: one runtime takes int64 for sizes, which it can't sum up
+    places = part.add("Cast", part.constant(gaps), to=onnx.TensorProto.INT32)
+    places = part.add("CumSum", places, part.constant(np.array(0, dtype=np.int32)))
+    zeros = part.zeros([flat.size])
     return part.add("ScatterElements", zeros, places, _values(part, codes, values))
 
 
