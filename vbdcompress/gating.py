@@ -98,22 +98,31 @@ def convert_channels_(
             told = ", ".join(f"'{group.name}' ({group.size})" for group in removable)
             yield LayerRow(name, type(module).__name__, "converted", f"gates on its inputs: {told}", count)
         else:
-            reason = _why_ungated(module, reads.get(name, []), scan)
+            reason = _why_ungated(name, module, reads.get(name, []), scan)
             yield LayerRow(name, type(module).__name__, "left", reason, count)
 
 
-def _why_ungated(module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupScan) -> str:
+def _why_ungated(name: str, module: nn.Module, reads: Sequence[ChannelGroup], scan: GroupScan) -> str:
     if scan.failure:
         return scan.failure
     if reads:
         return "; ".join(f"'{group.name}' stays whole: {group.whole_because}" for group in reads)
     if isinstance(module, _BatchNorm | nn.GroupNorm) or is_channel_norm(module) or keeps_groups_apart(module):
-        return "follows its group"
+        return _whom_it_follows(name, scan)
     if isinstance(module, Table):
         return "reads no channels; its columns follow their group"
     if isinstance(module, nn.Linear | _ConvNd | Recurrent):
         return "reads the input, or channels that something mixed, such as a softmax"
     return "not a layer with separable input channels"
+
+
+def _whom_it_follows(name: str, scan: GroupScan) -> str:
+    """Of a layer with something for each channel."""
+    groups = [group for group in scan.groups if any(member.layer == name for member in group.between)]
+    if not groups:
+        return "no layer's channels go through it one by one"
+    whole = all(group.whole_because is not None for group in groups)
+    return f"follows '{groups[0].name}', which stays whole" if whole else "follows its group"
 
 
 def _gate_for(

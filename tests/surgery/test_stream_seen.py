@@ -34,6 +34,21 @@ def test_a_stream_that_code_adds_to_stays_whole() -> None:
         convert(built(lambda: Pattern(run, **layers)), batch(2))
 
 
+def test_a_norm_says_whom_it_follows() -> None:
+    def run(n: Any, x: Tensor) -> Tensor:
+        y = n.of_time(n.words(x).mT).mT
+        y = n.one(y).relu()
+        return n.head(n.last(n.wide(y)).mean(1))
+
+    layers = {"words": nn.Linear(4, WIDTH), "wide": nn.Linear(WIDTH, 12), "head": nn.Linear(12, 3)}
+    norms = {"of_time": nn.LayerNorm(5), "one": nn.LayerNorm(WIDTH), "last": nn.LayerNorm(12)}
+    rows = convert(built(lambda: Pattern(run, **layers, **norms)), batch(2)).table
+    told = {row.name: row.reason for row in rows}
+    assert told["of_time"] == "no layer's channels go through it one by one"
+    assert told["one"] == "follows 'words', which stays whole"
+    assert told["last"] == "follows its group"
+
+
 def kept_whole(of: Callable[[Any, Tensor], Tensor]) -> bool:
     """Whether a stream that goes through a function stays whole; what goes is cut exactly."""
 

@@ -41,6 +41,7 @@ def main(out: Path) -> None:
         bits=_read("bits"),
         deploy=_read("deploy"),
         channels=_read("channels"),
+        runtimes=_read("runtimes"),
     )
     out.write_text(text, encoding="utf-8")
 
