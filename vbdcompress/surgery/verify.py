@@ -48,8 +48,7 @@ def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: b
     traced = _leave_entangled(model, trace_groups(trial, inputs, features=features, seed=seed))
     forget_calls_(trial)  # what its forward keeps of a call, it could not be copied with
     traced = heed_influences(trial, inputs, traced)
-    numbered = (with_heads(trial, group) for group in traced.groups)
-    traced = replace(traced, groups=tuple(heed_norms(trial, inputs, group) for group in numbered))
+    traced = replace(traced, groups=tuple(with_heads(trial, group) for group in traced.groups))
     unread = [group for group in traced.groups if group.whole_because == UNREAD]
     search = _Search(trial, inputs, seed, unread)
     all_go = search.look_at_kinds(traced)
@@ -64,6 +63,7 @@ def _find_groups(trial: nn.Module, inputs: Inputs, model: nn.Module, features: b
         groups += after if reason is None else search.help(group, reason)
     left = {group.name for group in search.unread}
     groups = [group for group in groups if group.whole_because != UNREAD or group.name in left]
+    groups = [heed_norms(trial, inputs, group) for group in groups]
     proven = {id(group) for group in scan.groups}
     if all(id(group) in proven for group in groups):
         return scan
