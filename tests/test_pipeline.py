@@ -1,13 +1,14 @@
 """compress: from the user's own network and loader to files, in few epochs on real digits."""
 
 import json
+import warnings
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import vbdcompress
 from vbdcompress.architectures import build_architecture
@@ -181,6 +182,22 @@ def test_compress_with_only_a_loader_splits_it_and_warns(trained, data):
     assert "no test set" in text
     assert result.report["error_split"] == "validation"
     assert result.report["data"]["train"] + result.report["data"]["validation"] == len(data.train)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_compress_says_where_validation_and_test_data_are_those_that_are_trained_on(trained, data, apart):
+    examples = TensorDataset(data.train.inputs, data.train.labels)
+    parts = [
+        Subset(examples, range(start, start + 100)) for start in ((0, 100, 200) if apart else (0, 50, 99))
+    ]
+    loader, held, test = (DataLoader(part, 50) for part in parts)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        result = compress(trained.model, loader, validation=held, test=test, epochs=1, finetune_epochs=0)
+    told = [str(item.message) for item in seen]
+    assert any("may have been trained on its validation" in text for text in told) != apart
+    assert any("The test data hold examples" in text for text in told) != apart
+    assert result.report["data"]["validation_held_out"] == (True if apart else None)
 
 
 def test_compress_takes_a_loss_and_a_metric(data):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +19,7 @@ from vbdcompress.choosing import FileSize
 from vbdcompress.config import RunConfig, make_config
 from vbdcompress.conversion import computed_weights
 from vbdcompress.count import measure_size
-from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, split_loader
+from vbdcompress.data import TensorBatches, Unpack, Unpacked, count_examples, share_examples, split_loader
 from vbdcompress.data.loaders import drawn_from, kept_generators, seed_generators, unpack_of, whole
 from vbdcompress.devices import start_fabric, wait_for_all
 from vbdcompress.errors import ConfigError, ExportError
@@ -36,7 +36,7 @@ from vbdcompress.progress import FitProgress
 from vbdcompress.records import InputSpec, Size
 from vbdcompress.reporting.build import DataRecord, ReportContext, report
 from vbdcompress.result import ORIGINAL_FILE, Result, ResultFiles
-from vbdcompress.sources import Sources, check_parts, first_batch, other_shapes, warnings_of
+from vbdcompress.sources import TESTED, Sources, check_parts, first_batch, other_shapes, warnings_of
 from vbdcompress.stages import Origin, StageRunner
 from vbdcompress.training import Listener
 from vbdcompress.workplace import Workplace, identify_run
@@ -98,7 +98,8 @@ def compress(
     model = unwrap(model)
     with ExitStack() as stack:
         stack.enter_context(kept_generators(loader, validation, test))
-        held_out: Literal[True] | None = None if validation is None else True
+        seen = validation is None or share_examples(loader, validation)
+        notes = (TESTED,) if any(share_examples(part, test) for part in (loader, validation)) else ()
         if validation is None:
             loader, validation = split_loader(loader, config.validation_fraction, config.seed)
         unpack = unpack_of(loader) if unpack is None else unpack
@@ -113,9 +114,9 @@ def compress(
             count_examples(loader),
             count_examples(validation),
             None if test is None else count_examples(test),
-            held_out,
+            None if seen else True,
         )
-        sources = Sources(loader, validation, test, record, input or InputSpec(()))
+        sources = Sources(loader, validation, test, record, input or InputSpec(()), notes)
         folder = None if checkpoints is None else Path(checkpoints)
         if folder is None and resume:
             raise ConfigError("compress", "resume=True names no folder to go on from.", "checkpoints=FOLDER")

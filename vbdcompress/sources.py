@@ -46,6 +46,12 @@ class Sources:
         return replace(self, train=train, validation=validation, test=test)
 
 
+TESTED = (
+    "The test data hold examples that are trained on, or on which choices are made: the test error says less "
+    "of new data."
+)
+
+
 def warnings_of(sources: Sources) -> list[str]:
     """What makes the figures of a run on these data less than they seem, a sentence each."""
     messages = list(sources.notes)

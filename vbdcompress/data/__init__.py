@@ -3,7 +3,7 @@
 from vbdcompress.data.batches import TensorBatches
 from vbdcompress.data.dataset import DataSet, load_data
 from vbdcompress.data.loaders import Unpack, Unpacked, count_examples, on_device
-from vbdcompress.data.split import split_loader
+from vbdcompress.data.split import share_examples, split_loader
 
 __all__ = [
     "DataSet",
@@ -13,5 +13,6 @@ __all__ = [
     "count_examples",
     "load_data",
     "on_device",
+    "share_examples",
     "split_loader",
 ]

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from vbdcompress.data.batches import TensorBatches
 from vbdcompress.data.loaders import reload
@@ -88,6 +95,43 @@ def split_loader(loader: Iterable[Any], fraction: float, seed: int) -> tuple[Ite
         f"is a {_describe(loader)}, from which no validation data can be split off.",
         "Pass your own: compress(model, loader, validation=validation_loader)",
     )
+
+
+def share_examples(one: Iterable[Any] | None, other: Iterable[Any] | None) -> bool:
+    """Whether two loaders are seen to give the same examples, some at least: not where data sets are two."""
+    if one is None or other is None:
+        return False
+    if one is other:
+        return True
+    if isinstance(one, TensorBatches) and isinstance(other, TensorBatches):
+        return one.inputs is other.inputs
+    if not (isinstance(one, DataLoader) and isinstance(other, DataLoader)):
+        return False
+    if _source_of(one.dataset) is not _source_of(other.dataset):
+        return False
+    mine, others = (
+        {_place_in(each.dataset, int(index)) for index in _drawn_by(each)} for each in (one, other)
+    )
+    return not mine.isdisjoint(others)
+
+
+def _places_of(loader: DataLoader[Any]) -> set[int]:
+    return {_place_in(loader.dataset, int(index)) for index in _drawn_by(loader)}
+
+
+def _drawn_by(loader: DataLoader[Any]) -> Sequence[int]:
+    """The examples that a loader may take; none where that can't be said."""
+    indices = _indices_of(loader)
+    if indices is None and type(loader.sampler) in (RandomSampler, WeightedRandomSampler):
+        return range(len(loader.dataset)) if isinstance(loader.dataset, Sized) else ()
+    return indices or ()
+
+
+def _source_of(dataset: Any) -> Any:
+    """What one Subset, or several, were taken from."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return dataset
 
 
 def _describe(loader: Iterable[Any]) -> str:
