@@ -18,6 +18,10 @@ from vbdcompress.reporting.build import DataRecord
 
 # Batches of a part, to see whether their shapes differ, and examples of each shape
 LOOKED_AT, OF_EACH = 8, 8
+TESTED = (
+    "The test data hold examples that are trained on, or on which choices are made: the test error says less "
+    "of new data."
+)
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,6 @@ class Sources:
             on_device(batches, device) for batches in (self.train, self.validation, self.test)
         )
         return replace(self, train=train, validation=validation, test=test)
-
-
-TESTED = (
-    "The test data hold examples that are trained on, or on which choices are made: the test error says less "
-    "of new data."
-)
 
 
 def warnings_of(sources: Sources) -> list[str]:

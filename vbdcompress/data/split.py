@@ -109,13 +109,11 @@ def share_examples(one: Iterable[Any] | None, other: Iterable[Any] | None) -> bo
         return False
     if _source_of(one.dataset) is not _source_of(other.dataset):
         return False
-    mine, others = (
-        {_place_in(each.dataset, int(index)) for index in _drawn_by(each)} for each in (one, other)
-    )
-    return not mine.isdisjoint(others)
+    return not _places_of(one).isdisjoint(_places_of(other))
 
 
 def _places_of(loader: DataLoader[Any]) -> set[int]:
+    """Where the examples that a loader may take stand in what they were taken from."""
     return {_place_in(loader.dataset, int(index)) for index in _drawn_by(loader)}
 
 

@@ -50,21 +50,18 @@ def render_html(report: Mapping[str, Any]) -> str:
     Raises:
         jinja2.UndefinedError, KeyError: a field of the schema is missing.
     """
-    return (
-        _templates()
-        .get_template("report.html")
-        .render(
-            report=report,
-            source=report["source"] and hide_folder(report["source"]),
-            stages=_prepare_stages(report),
-            layers=_prepare_layers(report["layers"]),
-            training=_prepare_training(report),
-            latency_svg=Markup(draw_latency(report["latency"], "latency")),
-            inputs=list_inputs(report),
-            snippet=write_snippet(report) if report["export"] else "",
-            section_rows=SECTION_ROWS,
-            smallest_packed=SMALLEST,
-        )
+    template = _templates().get_template("report.html")
+    return template.render(
+        report=report,
+        source=report["source"] and hide_folder(report["source"]),
+        stages=_prepare_stages(report),
+        layers=_prepare_layers(report["layers"]),
+        training=_prepare_training(report),
+        latency_svg=Markup(draw_latency(report["latency"], "latency")),
+        inputs=list_inputs(report),
+        snippet=write_snippet(report) if report["export"] else "",
+        section_rows=SECTION_ROWS,
+        smallest_packed=SMALLEST,
     )
 
 
